@@ -1,0 +1,4 @@
+from ornstein.cli.evaluate import main
+
+if __name__ == "__main__":
+    main()
