@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, parameterizations, objectives, samplers, guidance. Imports torch alone."""

@@ -1,0 +1,92 @@
+"""The sampler contract: ``init`` and ``step`` are pure, and the state holds all that a step needs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ornstein.diffusion.denoiser import Denoise
+from ornstein.diffusion.grids import Grid, GridRule, Uniform, make_grid
+from ornstein.diffusion.noise import SampleNoise
+from ornstein.diffusion.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a trajectory stands.
+
+    Attributes:
+        x: (B, *shape), float32 or float64.
+        grid: the whole grid, so that last steps may lower their order.
+        noise: the batch's counter-based noise.
+        history: what a multistep method keeps, newest first.
+        nfe: network evaluations per sample so far.
+        prediction: the newest prediction, for whoever watches.
+    """
+
+    x: Tensor
+    grid: Grid
+    noise: SampleNoise
+    history: tuple[Tensor, ...] = ()
+    nfe: int = 0
+    prediction: Prediction | None = None
+
+    def advance(
+        self, x: Tensor, *, nfe: int, prediction: Prediction | None = None, history: tuple[Tensor, ...] = ()
+    ) -> State:
+        """The state after a step that took ``nfe`` network evaluations per sample."""
+        return replace(self, x=x, nfe=self.nfe + nfe, prediction=prediction, history=history)
+
+
+class Sampler(ABC):
+    """Base of fixed-step samplers.
+
+    Args:
+        steps: number of steps, at least 1.
+        grid: the rule that places them; uniform in t unless given.
+
+    Attributes:
+        order: order of convergence in the step size, None where a sampler is stochastic.
+
+    Raises:
+        ValueError: steps < 1.
+    """
+
+    order: int | None = None  # a subclass may set it by instance, where an option makes it stochastic
+
+    def __init__(self, *, steps: int = 50, grid: GridRule | None = None) -> None:
+        if steps < 1:
+            raise ValueError(f"sampler.steps={steps}: a sampler needs at least 1 step.")
+        self.steps = steps
+        self.rule: GridRule = grid if grid is not None else Uniform()
+
+    def init(self, grid: Grid, noise: SampleNoise) -> State:
+        """Pure noise at the grid's first level: x = sigma * noise(0), as if its signal were 0 (alpha_1 is about 0)."""
+        return State(noise(0) * grid[0].sigma, grid, noise)
+
+    @abstractmethod
+    def step(self, denoise: Denoise, state: State, i: int) -> State:
+        """From ``grid[i]`` to ``grid[i + 1]``; noise for it is ``state.noise(i + 1)``."""
+
+    @torch.no_grad()
+    def sample(
+        self, denoise: Denoise, noise: SampleNoise, *, watch: Callable[[int, State], None] | None = None
+    ) -> State:
+        """Runs the whole grid and returns the last state, whose x is the sample.
+
+        Args:
+            denoise: the (guided) denoiser with its conditioning bound.
+            noise: the batch's noise; says batch size, shape and device.
+            watch: called with (i, state) after each step.
+        """
+        grid = make_grid(self.rule, denoise.schedule, self.steps)
+        state = self.init(grid, noise)
+        for i in range(grid.steps):
+            state = self.step(denoise, state, i)
+            if watch is not None:
+                watch(i, state)
+        return state
