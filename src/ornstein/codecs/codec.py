@@ -1,0 +1,98 @@
+"""The codec contract, and the codec that changes nothing."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ornstein.errors import OrnsteinError
+
+Size = int | tuple[int, int]
+
+
+class Codec(nn.Module, ABC):
+    """Data in [-1, 1] -> the space being diffused, and back.
+
+    Attributes:
+        channels, size: shape of what is diffused, (channels, size, size) or (channels, \\*size).
+        sigma_data: its standard deviation.
+        stochastic: whether ``encode`` draws; the same image then has a new code each time.
+        decode_range: the interval in which decoded values are meant to lie. ``decode`` itself does not
+            clamp, so that gradients survive; whoever makes pixels of them does.
+    """
+
+    channels: int
+    size: Size
+    sigma_data: float
+    stochastic: bool
+    decode_range: tuple[float, float]
+
+    @abstractmethod
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> z (B, channels, \\*size)."""
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents z (B, channels, \\*size) -> images (B, C, H, W), about in ``decode_range``."""
+
+
+class Identity(Codec):
+    """Diffuse the data themselves: z = x.
+
+    Args:
+        channels: channels of the images.
+        size: their side, or (height, width).
+        sigma_data: their standard deviation in [-1, 1], positive.
+
+    Raises: ValueError for a sigma_data that is not positive, and for tensors of another shape.
+    """
+
+    def __init__(self, channels: int, size: int | Sequence[int], *, sigma_data: float) -> None:
+        super().__init__()
+        if not sigma_data > 0:
+            raise OrnsteinError(
+                f"sigma_data is a standard deviation and must be positive, not {sigma_data!r}."
+            )
+        self.channels = int(channels)
+        self.size = as_size(size)
+        self.sigma_data = float(sigma_data)
+        self.stochastic = False
+        self.decode_range = (-1.0, 1.0)
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The images themselves; ``generator`` is not used."""
+        check_shape(x, self.channels, self.size, what="the images")
+        return x
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The samples themselves."""
+        check_shape(z, self.channels, self.size, what="the samples")
+        return z
+
+    def extra_repr(self) -> str:
+        """Shown when the module is printed."""
+        return f"channels={self.channels}, size={self.size}, sigma_data={self.sigma_data}"
+
+
+def as_size(size: int | Sequence[int]) -> Size:
+    """An int for squares, (height, width) otherwise. Raises ValueError for anything but positive sides."""
+    sides = (size, size) if isinstance(size, int) else tuple(int(side) for side in size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise OrnsteinError(f"an image size is one positive side or (height, width), not {size!r}.")
+    return sides[0] if sides[0] == sides[1] else sides
+
+
+def sides_of(size: Size) -> tuple[int, int]:
+    """(height, width) of a size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_shape(x: Tensor, channels: int, size: Size, *, what: str) -> None:
+    """Raise a ValueError unless x is (B, channels, \\*size)."""
+    expected = (channels, *sides_of(size))
+    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+        raise OrnsteinError(
+            f"this codec takes {what} as (B, {', '.join(map(str, expected))}) but got {tuple(x.shape)}; "
+            "check data.image_size, data.channels and codec."
+        )
