@@ -1,0 +1,216 @@
+"""Serving a data set to Lightning: splits built once, one endless epoch, whole batches by one index."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+from ornstein.data.base import ImageDataset, Split
+from ornstein.data.describe import measure_sigma_data
+from ornstein.data.sampling import EndlessBatches, OrderedBatches
+from ornstein.errors import OrnsteinError
+
+# A figure copied from another data set is off by more; that of another image size by less.
+SIGMA_TOLERANCE = 0.2
+SIGMA_IMAGES = 512
+
+
+class Batches:
+    """What Lightning iterates: a loader behind a face that it cannot mistake for a plain DataLoader.
+
+    Lightning swaps the sampler of a DataLoader for its own (DistributedSampler, SequentialSampler under
+    `overfit_batches`), which would break both the order and the batching. Anything iterable it leaves alone.
+    """
+
+    def __init__(self, loader: "DataLoader[dict[str, Any]]") -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Batches in the sampler's order."""
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        """Number of batches; TypeError for the endless ones, as Lightning expects."""
+        return len(self.loader)
+
+
+class DataModule(lightning.LightningDataModule):
+    """A data set's two splits as Lightning wants them, and the facts of its config, checked.
+
+    Training is one endless epoch in the order of `EndlessBatches`, a pure function of the seed; set
+    `start_batch` to the number of micro-batches trained so far before training starts again. Give the trainer
+    `max_steps` and a `val_check_interval` in steps. Validation is every held-out image once, in order, on
+    every rank.
+
+    Args:
+        dataset: called as `dataset(split="train" | "val", labels=bool, **options)`, with `image_size` and
+            `channels` among the options where they are given; returns an `ImageDataset`.
+        batch_size: images per rank and micro-batch.
+        eval_batch_size: images per validation batch; default: `batch_size`.
+        num_workers: processes that read batches ahead; the order does not depend on it. For arrays in memory
+            0 is fastest.
+        seed: of the order of the images.
+        image_size, channels, num_classes, class_names: what the config says the data is. None is not checked,
+            except `num_classes`: None means no labels, "auto" what is found.
+        sigma_data: std of the images in [-1, 1]; more than 20 % off the measured one is warned about.
+        flip: whether training may mirror the images. features: default features of metrics. Both are only
+            kept here, for those who ask.
+        limit: train on that many images, evenly spaced over the data set, instead of all.
+        options: whatever else the data set takes (`root`, `val_fraction`, ...).
+
+    Raises:
+        OrnsteinError: in `setup`: the data disagree with the config, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        dataset: Callable[..., ImageDataset],
+        *,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        image_size: int | None = None,
+        channels: int | None = None,
+        num_classes: int | Literal["auto"] | None = "auto",
+        class_names: Sequence[str] | None = None,
+        sigma_data: float | None = None,
+        flip: bool = False,
+        features: str | None = None,
+        limit: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0 or (limit is not None and limit < 1):
+            raise OrnsteinError(
+                f"data.batch_size={batch_size}, data.num_workers={num_workers}, data.limit={limit}: "
+                "batch_size and limit must be at least 1, num_workers at least 0"
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.image_size = image_size
+        self.channels = channels
+        self.num_classes = num_classes
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.sigma_data = sigma_data
+        self.flip = flip
+        self.features = features
+        self.limit = limit
+        self.options = options
+        self.start_batch = 0
+        self._built: dict[Split, ImageDataset] = {}
+
+    @property
+    def train(self) -> ImageDataset:
+        """The training split; built when it is first asked for."""
+        return self._split("train")
+
+    @property
+    def val(self) -> ImageDataset:
+        """The held-out split; built when it is first asked for."""
+        return self._split("val")
+
+    def prepare_data(self) -> None:
+        """Fetch and decode, once a machine: other processes then find everything in place."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build both splits, if that has not been done, and check them against the config."""
+        for split in ("train", "val"):
+            self._split(split)
+
+    def train_dataloader(self) -> Batches:
+        """Endless training batches of this rank, from `start_batch` on."""
+        trainer = self.trainer
+        order = EndlessBatches(
+            len(self.train),
+            self.batch_size,
+            seed=self.seed,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            start_batch=self.start_batch,
+        )
+        return self._batches(self.train, order)
+
+    def val_dataloader(self) -> Batches:
+        """Every held-out image once, in order."""
+        return self._batches(self.val, OrderedBatches(len(self.val), self.eval_batch_size))
+
+    def _batches(self, dataset: ImageDataset, order: EndlessBatches | OrderedBatches) -> Batches:
+        """A loader that hands each array of indices of `order` to the data set as a whole."""
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=order,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Its own stream: making an iterator must not move the global one that resuming restores.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        return Batches(loader)
+
+    def _split(self, split: Split) -> ImageDataset:
+        """Build a split and check it, the first time."""
+        if split not in self._built:
+            options = {"image_size": self.image_size, "channels": self.channels, **self.options}
+            arguments = {"split": split, "labels": self.num_classes is not None, **_given(options)}
+            try:
+                inspect.signature(self.dataset).bind(**arguments)
+            except TypeError as error:
+                raise OrnsteinError(f"the data config does not fit its data set: {error}") from error
+            built = self.dataset(**arguments)
+            self._check(built)
+            if split == "train" and self.limit is not None and self.limit < len(built):
+                built = built.subset(torch.arange(self.limit) * len(built) // self.limit)
+            self._built[split] = built
+        return self._built[split]
+
+    def _check(self, found: ImageDataset) -> None:
+        """Compare the facts of the config with the data."""
+        facts: dict[str, tuple[Any, Any]] = {
+            "image_size": (self.image_size, found.image_size),
+            "channels": (self.channels, found.channels),
+            "num_classes": (None if self.num_classes == "auto" else self.num_classes, found.num_classes),
+        }
+        if self.num_classes is not None:
+            facts["class_names"] = (self.class_names, found.class_names)
+        for key, (said, is_so) in facts.items():
+            if said is not None and said != is_so:
+                raise OrnsteinError(
+                    f"data.{key} is {_plain(said)} in the config and {_plain(is_so)} in the {found.split} "
+                    f"images of {found.name}: say data.{key}={_plain(is_so)}"
+                )
+        if self.sigma_data is not None and found.split == "train":
+            measured = measure_sigma_data(found, limit=SIGMA_IMAGES)
+            if abs(measured - self.sigma_data) > SIGMA_TOLERANCE * self.sigma_data:
+                warnings.warn(
+                    f"data.sigma_data is {self.sigma_data} and the images' standard deviation is "
+                    f"{measured:.3f}: say data.sigma_data={measured:.3f} unless you mean it",
+                    stacklevel=2,
+                )
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without those that are None."""
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _as_it_is(batch: Any) -> Any:
+    """The data set has made the batch already."""
+    return batch
+
+
+def _plain(value: Any) -> str:
+    """A fact as the command line would write it."""
+    if value is None:
+        return "null"
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
