@@ -1,0 +1,18 @@
+"""Denoising networks: `(x_in, noise_cond, **conditioning) -> output`. They know nothing of schedules."""
+
+from ornstein.networks.annotated import AnnotatedUNet
+from ornstein.networks.cost import count_flops, count_parameters
+from ornstein.networks.diffusers_unet import DiffusersUNet2D
+from ornstein.networks.dit import DiT
+from ornstein.networks.embeddings import check_labels
+from ornstein.networks.unet import UNet
+
+__all__ = [
+    "AnnotatedUNet",
+    "DiT",
+    "DiffusersUNet2D",
+    "UNet",
+    "check_labels",
+    "count_flops",
+    "count_parameters",
+]
