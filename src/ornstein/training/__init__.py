@@ -1,0 +1,1 @@
+"""Training: the LightningModule that wraps every denoiser, its averages, schedules and callbacks."""

@@ -1,0 +1,66 @@
+"""What happens every so many optimizer steps."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning.pytorch as pl
+
+from ornstein.errors import OrnsteinError
+from ornstein.training.module import DiffusionModule
+from ornstein.training.record import due
+
+
+class Periodic(pl.Callback):
+    """Calls :meth:`act` after every ``every``-th optimizer step and, with ``at_end``, after the last one.
+
+    The last step's turn comes within that step, before its checkpoint: a run killed between the two does it
+    again. Where training ends before ``max_steps`` (a time limit, early stopping), the turn comes when it has
+    ended.
+
+    Args:
+        every: optimizer steps; null is never.
+        at_end: also at the end.
+
+    Raises:
+        OrnsteinError: every < 1.
+    """
+
+    def __init__(self, *, every: int | None, at_end: bool) -> None:
+        if every is not None and every < 1:
+            raise OrnsteinError(
+                f"{type(self).__name__}: every={every} counts optimizer steps: at least 1, or null for never."
+            )
+        self.every, self.at_end = every, at_end
+        self._seen = self._acted = -1
+
+    @abstractmethod
+    def act(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
+        """Does it, at ``trainer.global_step``; on every rank."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes up the count where a checkpoint left it."""
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Acts where it is due; an accumulated step's micro-batches count once."""
+        step = trainer.global_step
+        if step == self._seen:
+            return
+        self._seen = step
+        if due(trainer, self.every) or (self.at_end and step == trainer.max_steps):
+            self._act(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Acts where training ended before its last planned step."""
+        if self.at_end and trainer.global_step > 0:
+            self._act(trainer, pl_module)
+
+    def _act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._acted != trainer.global_step:
+            self._acted = trainer.global_step
+            assert isinstance(pl_module, DiffusionModule)
+            self.act(trainer, pl_module)

@@ -1,0 +1,26 @@
+"""One way to log from callbacks: to every logger and to ``trainer.callback_metrics``, at a step of our choosing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+import torch
+
+from ornstein.training.module import DiffusionModule
+
+
+def record(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+    """Logs scalars at the current optimizer step, beside ``images_seen``; checkpoints can monitor them by name."""
+    module = trainer.lightning_module
+    row = dict(values)
+    if isinstance(module, DiffusionModule):
+        row["images_seen"] = float(module.images_seen)
+    for logger in trainer.loggers:
+        logger.log_metrics(row, step=trainer.global_step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+
+def due(trainer: pl.Trainer, every: int | None) -> bool:
+    """Whether an action repeated every ``every`` optimizer steps is due after the present one; None is never."""
+    return every is not None and trainer.global_step > 0 and trainer.global_step % every == 0
