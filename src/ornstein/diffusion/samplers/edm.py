@@ -88,8 +88,8 @@ class Heun(Euler):
     ``coordinate="path"`` is this line, finite at alpha = 0; it is algorithm 1 of Karras et al. 2022 (arXiv 2206.00364)
     where alpha = 1 and Heun in t on flow. ``coordinate="sigma"`` takes it in x/alpha against sigma/alpha on every
     schedule, as k-diffusion and diffusers do; where alpha comes close to 0 (cosine) it overshoots on a grid uniform in
-    t, whose first step spans most of that ratio, and wants the karras grid. Order 2 without churn, two evaluations a step
-    except where the step ends at sigma = 0, which stays Euler.
+    t, whose first step spans most of that ratio, and wants the karras grid. Order 2 without churn, two evaluations a
+    step except where the step ends at sigma = 0, which stays Euler.
     """
 
     order: int | None = 2

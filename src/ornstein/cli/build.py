@@ -1,0 +1,89 @@
+"""From a composed config to live objects."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ornstein.errors import OrnsteinError
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from ornstein.metrics import GenerativeMetrics
+    from ornstein.training.module import DiffusionModule
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config in plain JSON types, without Hydra's own part."""
+    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    assert isinstance(resolved, dict)
+    return {str(key): _jsonable(value) for key, value in resolved.items() if key != "hydra"}
+
+
+def build_module(cfg: DictConfig, *, training: bool = True) -> DiffusionModule:
+    """The LightningModule; without optimizer when it is only to sample. Weights start from ``seed`` alone."""
+    import torch
+
+    from ornstein.diffusion.noise import derive_seed
+    from ornstein.training.module import DiffusionModule
+
+    torch.manual_seed(derive_seed(int(cfg.seed), "init"))
+    return DiffusionModule(
+        instantiate(cfg.model.network),
+        schedule=instantiate(cfg.scheduler),
+        objective=instantiate(cfg.objective),
+        codec=instantiate(cfg.codec),
+        conditioner=instantiate(cfg.conditioner),
+        sampler=instantiate(cfg.sampler),
+        guidance=instantiate(cfg.guidance),
+        optimizer=instantiate(cfg.optimizer) if training else None,
+        lr_schedule=instantiate(cfg.lr_schedule) if training and cfg.lr_schedule else None,
+        flip=bool(cfg.data.flip),
+        seed=int(cfg.seed),
+        clip_x0=cfg.get("clip_x0"),
+        dynamic_threshold=cfg.get("dynamic_threshold"),
+        compile=bool(cfg.model.get("compile", False)),
+        config=plain(cfg) if training else None,
+    )
+
+
+def build_data(cfg: DictConfig) -> Any:
+    """The Lightning data module; nothing is read until it is set up."""
+    return instantiate(cfg.data)
+
+
+def build_callbacks(cfg: DictConfig) -> list[pl.Callback]:
+    """EMA first, so that whoever follows sees the new averages; then the callbacks in the config's order."""
+    nodes = [cfg.ema, *(cfg.callbacks or {}).values()]
+    built = [instantiate(node) for node in nodes if node and "_target_" in node]
+    # A partial is a callback that makes its metrics when it first needs them: importing them takes seconds.
+    factory = partial(build_metrics, cfg.metrics)
+    return [each(metrics=factory) if isinstance(each, partial) else each for each in built]
+
+
+def build_metrics(cfg: DictConfig) -> GenerativeMetrics | None:
+    """The metrics of the config group; None where the data have no feature space."""
+    from ornstein.metrics import GenerativeMetrics
+
+    options = {str(key): instantiate(value) if key in ("features", "clip") else value for key, value in cfg.items()}
+    return None if options.get("features") is None else GenerativeMetrics(**options)
+
+
+def build_loggers(cfg: DictConfig) -> list[Any]:
+    """Every logger of the group; one that cannot start has said so and is left out."""
+    built = [instantiate(node) for node in (cfg.logger or {}).values() if node and "_target_" in node]
+    return [logger for logger in built if logger is not None]
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise OrnsteinError(f"the config holds {value!r}, which is not a plain value: write it as text or a number.")

@@ -1,0 +1,224 @@
+"""``ornstein.load``: a run, ready to sample and score, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ornstein.cli.launch import conf_dir, register_resolvers, store_run
+from ornstein.cli.stored import StoredRun, open_run
+from ornstein.cli.trust import check_targets
+from ornstein.cli.validate import check_guidance
+from ornstein.errors import OrnsteinError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ornstein.training.module import DiffusionModule
+
+
+def load(
+    run: str | Path,
+    *,
+    checkpoint: str = "last",
+    weights: str = "ema",
+    device: str | None = None,
+    trust_targets: Sequence[str] = (),
+) -> Run:
+    """Opens a run folder or a checkpoint.
+
+    Args:
+        run: ``outputs/train/<date>/<time>`` or a ``.ckpt`` file.
+        checkpoint: last or best, where ``run`` is a folder.
+        weights: ema (averaged where the run has averages) or model.
+        device: such as cuda; the GPU where there is one unless given.
+        trust_targets: prefixes of classes outside this package that the run's config may name.
+
+    Raises:
+        OrnsteinError: nothing is there, it is damaged, or its config names classes that are not trusted.
+    """
+    stored = open_run(str(run))
+    cfg = compose_for(stored, "sample", [f"run={_quoted(run)}"])
+    module = restore(stored, cfg, checkpoint=checkpoint, weights=weights, trust_targets=trust_targets, device=device)
+    return Run(stored, module, cfg)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded run.
+
+    Attributes:
+        stored: what is on disk.
+        module: the LightningModule with its weights, in eval mode.
+        config: its config.
+    """
+
+    stored: StoredRun
+    module: DiffusionModule
+    config: DictConfig
+
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        sampler: str = "run",
+        steps: int | None = None,
+        guidance: str = "run",
+        scale: float | None = None,
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 256,
+        watch: Callable[..., None] | None = None,
+    ) -> torch.Tensor:
+        """uint8 (num_samples, C, H, W), on the CPU.
+
+        Args:
+            num_samples: how many.
+            sampler: an option of the group; ``run`` is the run's own.
+            steps: of the sampler.
+            guidance: an option of the group.
+            scale: of the guidance.
+            labels: class numbers, repeated as needed; balanced unless given.
+            seed: sample i depends on (seed, i) alone.
+            first_index: the number of the first sample.
+            batch_size: samples at once.
+            watch: called with (step, state) after each step.
+
+        Raises:
+            OrnsteinError: an option that does not exist, or that this run cannot honour.
+        """
+        import torch
+
+        overrides = [f"run={_quoted(self.stored.checkpoint or self.stored.folder)}"]
+        overrides += [f"sampler={sampler}", f"guidance={guidance}"]
+        overrides += [f"sampler.steps={steps}"] if steps is not None else []
+        overrides += [f"guidance.scale={scale}"] if scale is not None else []
+        cfg = compose_for(self.stored, "sample", overrides)
+        batches = generate_samples(
+            self.module,
+            cfg,
+            range(first_index, first_index + num_samples),
+            labels=labels,
+            seed=seed,
+            batch_size=batch_size,
+            watch=watch,
+        )
+        return torch.cat([batch.images.cpu() for batch in batches])
+
+    def evaluate(self, num_samples: int = 1000, **options: Any) -> dict[str, float]:
+        """FID and the run's other figures on ``num_samples`` fresh samples; options as for :meth:`sample`."""
+        from ornstein.cli.evaluate import score
+
+        overrides = [f"run={_quoted(self.stored.checkpoint or self.stored.folder)}", f"num_samples={num_samples}"]
+        names = {"steps": "sampler.steps", "scale": "guidance.scale"}
+        overrides += [f"{names.get(key, key)}={value}" for key, value in options.items()]
+        return dict(score(self.module, compose_for(self.stored, "evaluate", overrides)).values)
+
+
+def compose_for(stored: StoredRun, task: str, overrides: list[str]) -> DictConfig:
+    """Composes ``sample`` or ``evaluate`` on top of a stored run, as the command line does."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    register_resolvers()
+    store_run(stored.config)
+    # A running command has its own Hydra: set it aside and put it back.
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            return compose(config_name=task, overrides=overrides)
+    except HydraException as error:
+        raise OrnsteinError(str(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def restore(
+    stored: StoredRun,
+    cfg: DictConfig,
+    *,
+    checkpoint: str = "last",
+    weights: str = "ema",
+    trust_targets: Sequence[str] = (),
+    device: str | None = None,
+) -> DiffusionModule:
+    """Builds the run's module and loads its weights.
+
+    Raises:
+        OrnsteinError: an unknown kind of weights, a checkpoint that does not fit, or targets that are not trusted.
+    """
+    import torch
+
+    from ornstein.cli.build import build_module
+    from ornstein.experiment import AtomicCheckpointIO
+
+    if weights not in ("ema", "model"):
+        raise OrnsteinError(f"weights={weights} is unknown: choose ema or model.")
+    check_targets(OmegaConf.to_container(cfg, resolve=False), trust_targets)
+    path = stored.checkpoint_path(checkpoint)
+    state = AtomicCheckpointIO().load_checkpoint(path)
+    module = build_module(cfg, training=False)
+    averaged = state.get("callbacks", {}).get("EMA", {}).get("network")
+    try:
+        module.load_state_dict(state["state_dict"])
+        if weights == "ema" and averaged:
+            module.network.load_state_dict(averaged)
+    except RuntimeError as error:
+        raise OrnsteinError(f"{path} does not fit the run's config: {error}") from error
+    module.images_seen = int(state["ornstein"]["images_seen"])
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return module.to(target).eval().requires_grad_(False)
+
+
+def generate_samples(
+    module: DiffusionModule,
+    cfg: DictConfig,
+    indices: range,
+    *,
+    labels: Sequence[int] | None,
+    seed: int,
+    batch_size: int,
+    watch: Callable[..., None] | None = None,
+) -> Any:
+    """Batches of samples with the sampler and guidance of a composed config."""
+    guidance = instantiate(cfg.guidance)
+    check_guidance(guidance.needs_null, cfg, {"guidance": str(cfg.guidance.get("_target_", "")).rpartition(".")[2]})
+    labels = check_labels(labels, module, len(indices))
+    return module.generate(
+        indices,
+        sampler=instantiate(cfg.sampler),
+        guidance=guidance,
+        labels=labels,
+        seed=seed,
+        batch_size=batch_size,
+        watch=watch,
+    )
+
+
+def check_labels(labels: Sequence[int] | None, module: DiffusionModule, count: int) -> list[int] | None:
+    """One label a sample, those given repeated as needed; None stays None, which means balanced.
+
+    Raises:
+        OrnsteinError: labels for an unconditional model, or outside its classes.
+    """
+    if labels is None:
+        return None
+    classes = module.conditioner.num_classes
+    if classes is None:
+        raise OrnsteinError("labels were given and this model is unconditional: leave them out.")
+    if not labels or any(not 0 <= int(label) < classes for label in labels):
+        raise OrnsteinError(f"labels={list(labels)}: each must be a class number from 0 to {classes - 1}.")
+    return [int(labels[i % len(labels)]) for i in range(count)]
+
+
+def _quoted(path: object) -> str:
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"

@@ -1,0 +1,18 @@
+"""Keeping libraries' advertisements and known-harmless warnings out of what a user reads."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Lets Lightning speak from warnings on, once (it has a handler of its own beside Hydra's)."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+    # Lightning 2.6 still asks torch in a way that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    # Our data is arrays in memory: workers would only slow it down.
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")

@@ -1,0 +1,72 @@
+"""Going on with a run: by name, or the newest unfinished one of the same identity."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from ornstein.cli.launch import peek_argument, take_argument
+from ornstein.cli.stored import open_run
+from ornstein.errors import OrnsteinError
+from ornstein.experiment import RunDirectory, find_unfinished, identity
+
+
+def prepare_resume(argv: list[str]) -> str:
+    """Makes a stored run the primary config where ``resume=FOLDER`` is given; returns the primary config's name.
+
+    The run's own config with its interpolations is composed, so that ``trainer.max_steps=2000`` beside ``resume=`` also
+    reaches whatever follows from it. The run goes on in its own folder.
+
+    Raises:
+        OrnsteinError: the folder is not a run.
+    """
+    named = peek_argument(argv, "resume")
+    if named in (None, "", "auto", "null"):
+        return "train"
+    take_argument(argv, "resume")
+    stored = open_run(str(named))
+    folder = stored.folder.resolve()
+    config = dict(stored.config)
+    config["resume"] = str(named)
+    config["paths"] = {**config.get("paths", {}), "run_dir": str(folder)}
+    ConfigStore.instance().store(name="resumed", node=config)
+    argv += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+    return "resumed"
+
+
+def open_run_directory(cfg: DictConfig) -> RunDirectory:
+    """The folder that this run writes to; with ``resume=auto`` an unfinished one of the same identity, if any.
+
+    Under a requeue (SLURM sets ``SLURM_RESTART_COUNT``) ``auto`` is the default.
+
+    Raises:
+        OrnsteinError: ``resume`` names a run that has no checkpoint yet.
+    """
+    from ornstein.cli.build import plain
+
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    if cfg.resume == "auto" or (cfg.resume is None and requeued):
+        fresh = Path(cfg.paths.run_dir)
+        root = Path(cfg.paths.output_root) / str(cfg.task)
+        found = find_unfinished(root, identity(plain(cfg)))
+        if found is not None and found.path.resolve() != fresh.resolve():
+            OmegaConf.update(cfg, "paths.run_dir", str(found.path.resolve()))
+            _remove_fresh_folder(fresh)
+            return found
+        return RunDirectory(fresh)
+    run = RunDirectory(cfg.paths.run_dir)
+    if cfg.resume is not None and run.last_checkpoint() is None:
+        raise OrnsteinError(
+            f"resume={cfg.resume}: the run has no checkpoint to go on from; start it again without resume=."
+        )
+    return run
+
+
+def _remove_fresh_folder(folder: Path) -> None:
+    """Hydra has made a folder for the run that turned out to go on elsewhere; it holds nothing but Hydra's own."""
+    if {entry.name for entry in folder.iterdir()} <= {".hydra", "train.log"}:
+        shutil.rmtree(folder)

@@ -1,0 +1,70 @@
+"""What a run folder or a checkpoint holds, as sample, evaluate, resume and ``ornstein.load`` need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ornstein.errors import OrnsteinError
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run on disk.
+
+    Attributes:
+        folder: its folder, or the one a lone checkpoint lies in.
+        config: its config; interpolations are kept where the run folder has them, resolved in a lone checkpoint.
+        checkpoint: the file named, None where ``run`` named a folder.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    checkpoint: Path | None
+
+    def checkpoint_path(self, which: str = "last") -> Path:
+        """``checkpoints/last.ckpt``, or the newest best one.
+
+        Raises:
+            OrnsteinError: the run has no such checkpoint, or ``which`` is neither last nor best.
+        """
+        if self.checkpoint is not None:
+            return self.checkpoint
+        if which not in ("last", "best"):
+            raise OrnsteinError(f"checkpoint={which} is unknown: choose last or best.")
+        found = sorted((self.folder / "checkpoints").glob(f"{which}*.ckpt"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise OrnsteinError(f"{self.folder} has no {which} checkpoint: let it train longer, or name another run.")
+        return found[-1]
+
+
+def open_run(path: str) -> StoredRun:
+    """Reads a run folder, or a checkpoint (whose config it carries).
+
+    Raises:
+        OrnsteinError: nothing is there, or what is there is no run.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return StoredRun(place.parent.parent, _config_of_checkpoint(place), place)
+    if not place.is_dir():
+        raise OrnsteinError(f"run={path}: there is no such folder or checkpoint.")
+    for name in (".hydra/config.yaml", "config.yaml"):
+        if (place / name).is_file():
+            config = OmegaConf.to_container(OmegaConf.load(place / name), resolve=False)
+            assert isinstance(config, dict)
+            return StoredRun(place, {str(key): value for key, value in config.items()}, None)
+    raise OrnsteinError(f"run={path} holds no config.yaml: name a run's folder, outputs/train/<date>/<time> say.")
+
+
+def _config_of_checkpoint(path: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(checkpoint["ornstein"]["config"])
+    except (KeyError, RuntimeError, OSError, ValueError) as error:
+        raise OrnsteinError(f"{path} is not a checkpoint of this package, or is damaged: {error}") from error
