@@ -33,7 +33,7 @@ def announce(
         f"{data.channels}x{data.image_size}x{data.image_size}",
         "network": f"{type(module.network).__name__}, {cost.parameters:,} parameters, "
         f"{cost.flops / 1e6:,.1f} MFLOPs a sample (2 a multiply-add)",
-        "diffusion": f"{type(module.schedule).__name__} schedule, {module.objective.parameterization.name} output,"
+        "diffusion": f"{type(module.schedule).__name__} schedule, {module.objective.parameterization.name} output, "
         f"{type(module.sampler).__name__} sampler with {module.sampler.steps} steps",
         "batch": f"{effective} effective ({data.batch_size} x {accumulate} accumulated x {trainer.world_size} device)",
         "images": f"{effective * steps:,} to see in {steps:,} steps, {effective * steps / len(data.train):,.1f} epochs",

@@ -66,11 +66,39 @@ def build_callbacks(cfg: DictConfig) -> list[pl.Callback]:
 
 
 def build_metrics(cfg: DictConfig) -> GenerativeMetrics | None:
-    """The metrics of the config group; None where the data have no feature space."""
+    """The metrics of the config group; None where the data have no feature space.
+
+    Raises:
+        WeightsMissing: the feature space's weights are not at hand.
+    """
+    from hydra.errors import InstantiationException
+
     from ornstein.metrics import GenerativeMetrics
 
-    options = {str(key): instantiate(value) if key in ("features", "clip") else value for key, value in cfg.items()}
-    return None if options.get("features") is None else GenerativeMetrics(**options)
+    try:
+        built = {key: instantiate(cfg[key]) for key in ("features", "clip") if cfg.get(key) is not None}
+    except InstantiationException as error:
+        # Whoever can do without figures looks for WeightsMissing, which Hydra wraps.
+        if isinstance(error.__cause__, OrnsteinError):
+            raise error.__cause__ from None
+        raise
+    if built.get("features") is None:
+        return None
+    return GenerativeMetrics(**{str(key): built.get(str(key), value) for key, value in cfg.items()})
+
+
+def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
+    """Lightning's trainer with our checkpoint writer, and logs that a resumed run takes up where they belong."""
+    from ornstein.experiment import AtomicCheckpointIO, ResumableLogs
+
+    trainer: pl.Trainer = instantiate(
+        cfg.trainer,
+        logger=loggers,
+        callbacks=[ResumableLogs(), *callbacks],
+        plugins=[AtomicCheckpointIO()],
+        _convert_="all",
+    )
+    return trainer
 
 
 def build_loggers(cfg: DictConfig) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -10,12 +11,14 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ornstein.errors import OrnsteinError
 
 RUN_GROUPS = ("sampler", "guidance", "metrics")
-_EMPTY: dict[str, Any] = {}
+_failed_jobs: list[str] = []
 
 
 def conf_dir() -> Path:
@@ -60,7 +63,7 @@ def store_run(config: dict[str, Any]) -> None:
     for group in RUN_GROUPS:
         node = dict(config.get(group) or {})
         store.store(group=group, name="run", node=node)
-    own = ("task", "paths", "name", "resume", "seed", "checkpoint", "hydra", *RUN_GROUPS)
+    own = ("task", "paths", "resume", "seed", "checkpoint", "hydra", *RUN_GROUPS)
     store.store(name="run_base", node={key: value for key, value in config.items() if key not in own})
 
 
@@ -75,9 +78,26 @@ def told(body: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             mistake = find_mistake(error)
             if mistake is None or OmegaConf.select(cfg, "traceback", default=False):
                 raise
-            fail(mistake)
+            remove_untouched(Path(HydraConfig.get().runtime.output_dir))
+            if not _may_go_on():
+                fail(mistake)
+            tell(mistake)
+            _failed_jobs.append(str(HydraConfig.get().job.id))
+            return None
 
     return run
+
+
+def remove_untouched(folder: Path) -> None:
+    """Removes the folder that Hydra made for a run that never began; one that holds more than Hydra's own stays."""
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {".hydra", f"{HydraConfig.get().job.name}.log"}:
+        shutil.rmtree(folder)
+
+
+def _may_go_on() -> bool:
+    """Whether other jobs of a sweep follow in this process: one that cannot work is no reason to drop the rest."""
+    hydra_config = HydraConfig.get()
+    return hydra_config.mode == RunMode.MULTIRUN and hydra_config.launcher._target_.endswith("BasicLauncher")
 
 
 def find_mistake(error: BaseException) -> Exception | None:
@@ -86,24 +106,35 @@ def find_mistake(error: BaseException) -> Exception | None:
     from omegaconf.errors import OmegaConfBaseException
 
     seen: BaseException | None = error
-    wrapped = False
+    wrapper: Exception | None = None
     while seen is not None:
         if isinstance(seen, OrnsteinError):
             return seen
-        if wrapped and isinstance(seen, ValueError | TypeError) and not isinstance(seen, OmegaConfBaseException):
+        if wrapper is not None and isinstance(seen, TypeError):
+            return wrapper  # a value of the wrong kind: Hydra says where, Python does not
+        if wrapper is not None and isinstance(seen, ValueError) and not isinstance(seen, OmegaConfBaseException):
             return seen
-        wrapped = wrapped or isinstance(seen, InstantiationException | OmegaConfBaseException)
+        if isinstance(seen, InstantiationException | OmegaConfBaseException):
+            wrapper = seen
         seen = seen.__cause__ or seen.__context__
     return error if isinstance(error, OmegaConfBaseException | InstantiationException) else None
 
 
 def fail(error: Exception) -> None:
     """Prints one sentence to stderr and leaves with exit code 1."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    tell(error)
     raise SystemExit(1)
+
+
+def tell(error: Exception) -> None:
+    """Prints one sentence to stderr."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def launch(config_name: str, body: Callable[[DictConfig], Any]) -> None:
     """Composes ``config_name`` with the command line and runs ``body`` once, or once a job of a multirun."""
     register_resolvers()
+    _failed_jobs.clear()
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(told(body))()
+    if _failed_jobs:
+        raise SystemExit(1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from ornstein.cli.launch import peek_argument, take_argument
+from ornstein.cli.launch import peek_argument, remove_untouched, take_argument
 from ornstein.cli.stored import open_run
 from ornstein.errors import OrnsteinError
 from ornstein.experiment import RunDirectory, find_unfinished, identity
@@ -28,7 +27,11 @@ def prepare_resume(argv: list[str]) -> str:
     if named in (None, "", "auto", "null"):
         return "train"
     take_argument(argv, "resume")
-    stored = open_run(str(named))
+    stored = open_run(str(named), key="resume")
+    if stored.checkpoint is not None:
+        raise OrnsteinError(
+            f"resume={named} is a file: name its run, resume={stored.folder}, which goes on from its newest checkpoint."
+        )
     folder = stored.folder.resolve()
     config = dict(stored.config)
     config["resume"] = str(named)
@@ -55,7 +58,7 @@ def open_run_directory(cfg: DictConfig) -> RunDirectory:
         found = find_unfinished(root, identity(plain(cfg)))
         if found is not None and found.path.resolve() != fresh.resolve():
             OmegaConf.update(cfg, "paths.run_dir", str(found.path.resolve()))
-            _remove_fresh_folder(fresh)
+            remove_untouched(fresh)
             return found
         return RunDirectory(fresh)
     run = RunDirectory(cfg.paths.run_dir)
@@ -66,7 +69,8 @@ def open_run_directory(cfg: DictConfig) -> RunDirectory:
     return run
 
 
-def _remove_fresh_folder(folder: Path) -> None:
-    """Hydra has made a folder for the run that turned out to go on elsewhere; it holds nothing but Hydra's own."""
-    if {entry.name for entry in folder.iterdir()} <= {".hydra", "train.log"}:
-        shutil.rmtree(folder)
+
+def remember(cfg: DictConfig, run: RunDirectory) -> None:
+    """Makes what was changed beside ``resume=FOLDER`` the run's own, so that the next start goes on with it."""
+    if cfg.resume not in (None, "auto") and (run.path / ".hydra" / "config.yaml").is_file():
+        run.write_text(".hydra/config.yaml", OmegaConf.to_yaml(cfg))

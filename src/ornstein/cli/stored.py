@@ -41,8 +41,8 @@ class StoredRun:
         return found[-1]
 
 
-def open_run(path: str) -> StoredRun:
-    """Reads a run folder, or a checkpoint (whose config it carries).
+def open_run(path: str, *, key: str = "run") -> StoredRun:
+    """Reads a run folder, or a checkpoint (whose config it carries). ``key``: what the user wrote before ``=``.
 
     Raises:
         OrnsteinError: nothing is there, or what is there is no run.
@@ -51,13 +51,21 @@ def open_run(path: str) -> StoredRun:
     if place.is_file():
         return StoredRun(place.parent.parent, _config_of_checkpoint(place), place)
     if not place.is_dir():
-        raise OrnsteinError(f"run={path}: there is no such folder or checkpoint.")
+        raise OrnsteinError(f"{key}={path}: there is no such folder or checkpoint.")
     for name in (".hydra/config.yaml", "config.yaml"):
         if (place / name).is_file():
-            config = OmegaConf.to_container(OmegaConf.load(place / name), resolve=False)
-            assert isinstance(config, dict)
-            return StoredRun(place, {str(key): value for key, value in config.items()}, None)
-    raise OrnsteinError(f"run={path} holds no config.yaml: name a run's folder, outputs/train/<date>/<time> say.")
+            config = _read(place / name)
+            # Its name follows from the options that the run was started with: only their result is on disk.
+            if (place / "config.yaml").is_file():
+                config["name"] = _read(place / "config.yaml").get("name")
+            return StoredRun(place, config, None)
+    raise OrnsteinError(f"{key}={path} holds no config.yaml: name a run's folder, outputs/train/<date>/<time> say.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
 
 
 def _config_of_checkpoint(path: Path) -> dict[str, Any]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from ornstein.cli.launch import fail, launch
 from ornstein.errors import OrnsteinError
+
+if TYPE_CHECKING:
+    from ornstein.experiment import RunDirectory, Summary
 
 
 def main() -> None:
@@ -23,51 +27,53 @@ def main() -> None:
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
-    """One training run, from its composed config to its summary; returns the final figures."""
+    """One training run, from its composed config to its summary; returns the final figures.
+
+    Raises:
+        OrnsteinError: what cannot work, before the run's folder is opened and before anything is trained.
+    """
     from ornstein.cli.validate import validate
 
     validate(cfg)
+    data = _ready_data(cfg)
 
     from ornstein.cli.resume import open_run_directory
     from ornstein.experiment import Summary
 
     run = open_run_directory(cfg)
     with run.lock(), Summary(run) as summary:
-        return _fit(cfg, run, summary)
+        return _fit(cfg, data, run, summary)
 
 
-def _fit(cfg: DictConfig, run, summary) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    from hydra.utils import instantiate
-
-    from ornstein.cli.announce import announce
-    from ornstein.cli.build import build_callbacks, build_data, build_loggers, build_module, plain
+def _ready_data(cfg: DictConfig) -> Any:
+    from ornstein.cli.build import build_data
     from ornstein.cli.quiet import quiet_libraries
-    from ornstein.experiment import (
-        AtomicCheckpointIO,
-        ResumableLogs,
-        close_loggers,
-        describe_environment,
-        set_determinism,
-    )
 
     quiet_libraries()
-    set_determinism(int(cfg.seed), deterministic=bool(cfg.trainer.deterministic))
-    run.write_config(plain(cfg))
     data = build_data(cfg)
     data.setup()
-    module = build_module(cfg)
+    return data
+
+
+def _fit(cfg: DictConfig, data: Any, run: RunDirectory, summary: Summary) -> dict[str, float]:
+    from ornstein.cli.announce import announce
+    from ornstein.cli.build import build_callbacks, build_loggers, build_module, build_trainer, plain
+    from ornstein.cli.resume import remember
+    from ornstein.experiment import close_loggers, describe_environment, set_determinism
+
+    set_determinism(int(cfg.seed), deterministic=bool(cfg.trainer.deterministic))
+    run.write_config(plain(cfg))
+    remember(cfg, run)
     run.write_json("environment.json", describe_environment(seed=int(cfg.seed)))
-    callbacks = [ResumableLogs(), *build_callbacks(cfg)]
+    module = build_module(cfg)
     loggers = build_loggers(cfg)
-    checkpoint = run.last_checkpoint()
-    trainer = instantiate(
-        cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[AtomicCheckpointIO()], _convert_="all"
-    )
-    summary.update(**announce(cfg, module, data, trainer, run, checkpoint))
     try:
+        trainer = build_trainer(cfg, callbacks=build_callbacks(cfg), loggers=loggers)
+        checkpoint = run.last_checkpoint()
+        summary.update(**announce(cfg, module, data, trainer, run, checkpoint))
         trainer.fit(module, data, ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "summary"):
                 summary.update(**callback.summary())
         summary.update(**figures, steps=trainer.global_step, images_seen=module.images_seen)

@@ -32,12 +32,18 @@ def validate(cfg: DictConfig) -> None:
             "choose objective=v, x0, flow or edm, or a schedule that keeps some signal (linear, cosine, quadratic, "
             "sigmoid, edm)."
         )
-    instantiate(cfg.sampler)
-    guidance = instantiate(cfg.guidance)
+    sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
     check_guidance(guidance.needs_null, cfg, choices)
+    instantiate(cfg.conditioner)
+    instantiate(cfg.codec)
     _build_network(cfg)
-    if cfg.trainer.max_steps < 1:
+    if not isinstance(cfg.trainer.max_steps, int) or cfg.trainer.max_steps < 1:
         raise OrnsteinError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1: it is what ends training.")
+    try:
+        _check_sampling(cfg, schedule, objective, sampler)
+    except ValueError as error:
+        raise OrnsteinError(str(error)) from error
+    _build_optimizer(cfg, choices)
 
 
 def fill_facts(cfg: DictConfig) -> None:
@@ -55,7 +61,8 @@ def check_conditioning(cfg: DictConfig, choices: dict[str, str]) -> None:
     if wants_labels and cfg.data.num_classes is None:
         raise OrnsteinError(
             f"model={model} is class-conditional and data={data} has no labels: choose model=pixel_unet "
-            "(or conditioner=none), or data with classes."
+            "(or conditioner=none), or data with classes (of image_folder with a sub-folder a class: "
+            "data.num_classes=auto)."
         )
 
 
@@ -99,6 +106,30 @@ def _build_network(cfg: DictConfig) -> None:
 
     with torch.device("meta"):
         instantiate(cfg.model.network)
+
+
+def _check_sampling(cfg: DictConfig, schedule: Any, objective: Any, sampler: Any) -> None:
+    """Whether the sampler's grid can be laid on the schedule, and the denoiser's own options."""
+    from torch import nn
+
+    from ornstein.diffusion.denoiser import Denoiser
+    from ornstein.diffusion.grids import make_grid
+
+    make_grid(sampler.rule, schedule, sampler.steps)
+    limits = {"clip_x0": cfg.get("clip_x0"), "dynamic_threshold": cfg.get("dynamic_threshold")}
+    Denoiser(nn.Identity(), schedule, objective.parameterization, **limits)
+
+
+def _build_optimizer(cfg: DictConfig, choices: dict[str, str]) -> None:
+    """On one weight."""
+    import torch
+
+    try:
+        optimizer = instantiate(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        raise OrnsteinError(f"optimizer={choices.get('optimizer', 'this one')} refuses its options: {error}") from error
+    if cfg.lr_schedule:
+        instantiate(cfg.lr_schedule)(optimizer)
 
 
 def _choices() -> dict[str, Any]:

@@ -8,6 +8,7 @@ float64, so the batch size does not matter; the draws in KID and IS are seeded.
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -52,7 +53,9 @@ class GenerativeMetrics:
             deviation does. The size is lowered to the number of images where there are fewer.
         inception_splits: parts over which the Inception Score is averaged; None takes the extractor's custom:
             10 for Inception, as in papers, else 1.
-        clip: scores images against captions given to :meth:`update`.
+        clip: scores images against captions given to :meth:`update`: a score, or the folder or hub name of a CLIP,
+            which is loaded when captions first come; None looks at ``$ORNSTEIN_CLIP``. No model at hand costs the
+            score and one logged line.
         seed: of the draws of KID and IS.
 
     Raises: ValueError if there is no extractor, or no logits where only they would do.
@@ -69,7 +72,7 @@ class GenerativeMetrics:
         kid_subsets: int = 100,
         kid_subset_size: int = 1000,
         inception_splits: int | None = None,
-        clip: "ClipScore | None" = None,
+        clip: "ClipScore | str | Path | None" = None,
         seed: int = 0,
     ) -> None:
         if features is None:
@@ -84,7 +87,9 @@ class GenerativeMetrics:
 
         self.features = features.eval()
         self.num_samples = features.default_samples if num_samples is None else num_samples
-        self.clip = clip
+        self.clip = None if clip is None or isinstance(clip, str | Path) else clip
+        self._clip_model = clip if isinstance(clip, str | Path) else None
+        self._clip_wanted = self.clip is None
         self.seed = seed
         self.reference: ReferenceStatistics | None = None
         self._kid_subset_size = kid_subset_size
@@ -183,7 +188,18 @@ class GenerativeMetrics:
         if labels is not None and logits is not None and "label_accuracy" in self._metrics:
             hits = logits.argmax(dim=1) == labels.to(logits.device)
             self._metrics["label_accuracy"].update(hits.float().to(self._state_device))
-        if self.clip is not None and captions is not None:
+        if captions is not None:
+            self._update_clip(images, captions)
+
+    def _update_clip(self, images: Tensor, captions: Sequence[str]) -> None:
+        if self._clip_wanted:
+            from ornstein.metrics.clip_score import clip_at_hand
+
+            self._clip_wanted = False  # looked for once
+            self.clip = clip_at_hand(self._clip_model)
+            if self.clip is not None:
+                self.clip.to(self.device)
+        if self.clip is not None:
             self.clip.update(images, captions)
 
     def _feed(self, features: Tensor, logits: Tensor | None) -> None:
@@ -262,7 +278,7 @@ class GenerativeMetrics:
             extractor=self.features.name,
             fingerprint=self.features.fingerprint,
             label_protocol=label_protocol,
-            settings=self._settings,
+            settings={**self._settings, "clip": None if self.clip is None else self.clip.name},
             sampling=sampling or {},
             floor=floor,
             memorisation=memorisation,

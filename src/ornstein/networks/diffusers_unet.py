@@ -60,14 +60,15 @@ class DiffusersUNet2D(nn.Module):
         self.out_channels = in_channels if out_channels is None else out_channels
         self.num_classes = num_classes
         self.image_size = size
-        self.model: Any = UNet2DModel(
+        model: Any = UNet2DModel(
             sample_size=size,
             in_channels=self.in_channels,
             out_channels=self.out_channels,
             num_class_embeds=None if num_classes is None else num_classes + 1,
             **config,
         )
-        self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
+        self.model = model
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)
         if size is not None:
             self._check_size(*size)
 

@@ -154,7 +154,7 @@ class ConditionEmbedding(nn.Module):
         features: int = 256,
         num_classes: int | None = None,
         noise_embedding: str = "sinusoidal",
-        label_std: float = 0.02,
+        label_std: float = 1.0,
     ) -> None:
         """Make the embedding.
 

@@ -18,7 +18,8 @@ def record(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
         row["images_seen"] = float(module.images_seen)
     for logger in trainer.loggers:
         logger.log_metrics(row, step=trainer.global_step)
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    # float64, so that a summary repeats the rows' figures digit for digit.
+    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 
 
 def due(trainer: pl.Trainer, every: int | None) -> bool:

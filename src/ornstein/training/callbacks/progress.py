@@ -76,9 +76,9 @@ class ProgressBar(pl.callbacks.ProgressBar):
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description:<10}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[info]}"),
             console=self._out(),
             # No thread of its own: it would compete with training for the interpreter.
@@ -86,7 +86,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
             expand=True,
         )
         self._main = self._progress.add_task(
-            "training", total=max(trainer.max_steps, 1), completed=trainer.global_step, info=""
+            "training", total=max(trainer.max_steps, 1), completed=trainer.global_step, count="", info=""
         )
         self._progress.start()
 
@@ -100,7 +100,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
         self._measure(trainer, pl_module)
         step, total = trainer.global_step, trainer.max_steps
         if self._progress is not None and self._main is not None:
-            self._progress.update(self._main, completed=step, info=self._info(trainer))
+            self._progress.update(self._main, completed=step, count=f"{step}/{total}", info=self._info(trainer))
             self._progress.refresh()
             self._next = time.perf_counter() + _REFRESH_SECONDS
         else:
@@ -133,7 +133,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
         self._clock.pause()
         line = None
         if self._progress is not None:
-            line = self._progress.add_task(name, total=total or 1, info="")
+            line = self._progress.add_task(name, total=total, count="", info="")
             self._progress.refresh()
         done, following = 0, time.perf_counter() + (_REFRESH_SECONDS if line is not None else _LINE_SECONDS)
 
@@ -143,7 +143,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
             if time.perf_counter() < following or not self._enabled:
                 return
             if self._progress is not None and line is not None:
-                self._progress.update(line, completed=done)
+                self._progress.update(line, completed=done, count=f"{done}/{total}" if total else str(done))
                 self._progress.refresh()
                 following = time.perf_counter() + _REFRESH_SECONDS
             else:
