@@ -84,10 +84,11 @@ def test_long_captions_are_cut(tiny_clip, images):
     assert 0 <= score.compute() <= 100
 
 
-def test_generative_metrics_score_captions(tiny_clip, images, make_pixels):
+@pytest.mark.parametrize("given", [ClipScore, str])
+def test_generative_metrics_score_captions(tiny_clip, images, make_pixels, given):
     from ornstein.metrics.generative import GenerativeMetrics
 
-    metrics = GenerativeMetrics(make_pixels(), kid=False, clip=ClipScore(tiny_clip))
+    metrics = GenerativeMetrics(make_pixels(), kid=False, clip=given(tiny_clip))
     small = images[:, :1, :2, :2]
     metrics.set_reference(small)
     metrics.update(small, captions=CAPTIONS)
@@ -97,6 +98,20 @@ def test_generative_metrics_score_captions(tiny_clip, images, make_pixels):
     metrics.reset()
     metrics.update(small)
     assert "clip_score" not in metrics.compute()
+
+
+def test_captions_without_a_model_cost_one_line(images, make_pixels, caplog):
+    from ornstein.metrics.generative import GenerativeMetrics
+
+    metrics = GenerativeMetrics(make_pixels(), kid=False)
+    small = images[:, :1, :2, :2]
+    metrics.set_reference(small)
+    with caplog.at_level(logging.INFO):
+        metrics.update(small, captions=CAPTIONS)
+        metrics.update(small, captions=CAPTIONS)
+    assert [record.message[:13] for record in caplog.records] == ["no CLIP score"]
+    values = metrics.compute()
+    assert "fid" in values and "clip_score" not in values
 
 
 def test_where_there_is_no_model_one_line_says_so(tmp_path, caplog):

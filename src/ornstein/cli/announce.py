@@ -1,4 +1,4 @@
-"""What will run, told before the first step."""
+"""What will run, told before the first step, and what came of it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ if TYPE_CHECKING:
 def announce(
     cfg: DictConfig, module: DiffusionModule, data: Any, trainer: Any, run: Any, checkpoint: Path | None
 ) -> dict[str, float]:
-    """Prints a table of what the run is and will cost, and returns the figures for its summary."""
-    from rich.console import Console
-    from rich.table import Table
+    """Prints what the run is and will cost, and returns the figures for its summary."""
+    import torch
 
     from ornstein.training.estimate import measure_cost
 
     batch = data.train.batch(list(range(min(data.batch_size, len(data.train)))))
+    if trainer.world_size == 1:
+        # Where it will train: a GPU's time is not to be told from a CPU's.
+        device = trainer.strategy.root_device
+        module.to(device)
+        batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     cost = measure_cost(module, batch)
     accumulate = trainer.accumulate_grad_batches
     effective = data.batch_size * accumulate * trainer.world_size
     steps = trainer.max_steps
     seconds = cost.step_seconds * accumulate * steps
-    table = Table(show_header=False, box=None, pad_edge=False, title=None)
     rows = {
         "run": str(run.path),
         "data": f"{data.train.name}: {len(data.train):,} train, {len(data.val):,} held out, "
@@ -42,11 +45,33 @@ def announce(
         "time": f"about {_duration(seconds)} of training ({1 / cost.step_seconds * data.batch_size:,.0f} images/s)",
     }
     if checkpoint is not None:
-        rows["resuming"] = str(checkpoint)
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}", text)
-    Console(soft_wrap=True).print(table)
+        rows["resuming"] = _resuming(checkpoint, steps)
+    _print(rows)
     return {"parameters": cost.parameters, "flops": cost.flops, "effective_batch": effective}
+
+
+def conclude(run: Any, figures: dict[str, float]) -> None:
+    """Prints the run's final figures on held-out data and where everything is."""
+    told = [f"{name.removeprefix('val/')} {value:.4g}" for name, value in figures.items() if name.startswith("val/")]
+    _print({**({"figures": ", ".join(told)} if told else {}), "written to": str(run.path)})
+
+
+def _print(rows: dict[str, str]) -> None:
+    """A line a row, never cropped: a terminal wraps it, a file keeps it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    for name, text in rows.items():
+        Console(soft_wrap=True).print(Text.assemble((f"{name:<11}", "bold"), text), soft_wrap=True)
+
+
+def _resuming(checkpoint: Path, steps: int) -> str:
+    import torch
+
+    done = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    if done >= steps:
+        return f"{checkpoint.name}, at step {done:,} of {steps:,}: nothing is left to do, trainer.max_steps=... goes further"
+    return f"{checkpoint.name}, at step {done:,}"
 
 
 def _duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli.launch import peek_argument, remove_untouched, take_argument
@@ -66,8 +67,35 @@ def open_run_directory(cfg: DictConfig) -> RunDirectory:
         raise OrnsteinError(
             f"resume={cfg.resume}: the run has no checkpoint to go on from; start it again without resume=."
         )
+    if cfg.resume is None and run.last_checkpoint() is not None:
+        raise OrnsteinError(
+            f"{run.path} holds a run already: go on with it by resume={run.path}, or give this one another folder."
+        )
     return run
 
+
+def check_checkpoint(cfg: DictConfig, run: RunDirectory) -> None:
+    """Whether what the run goes on from, if anything, fits the config; before a file of the run is touched.
+
+    Raises:
+        OrnsteinError: the newest checkpoint is of another network.
+    """
+    checkpoint = run.last_checkpoint()
+    if checkpoint is None:
+        return
+    import torch
+
+    from ornstein.experiment import AtomicCheckpointIO
+
+    with torch.device("meta"):
+        network = instantiate(cfg.model.network)
+    expected = {f"network.{name}": value.shape for name, value in network.state_dict().items()}
+    weights = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
+    if expected != {name: value.shape for name, value in weights.items() if name.startswith("network.")}:
+        raise OrnsteinError(
+            f"{checkpoint} is of another network than the one asked for: leave out what changes its shape (model.*, "
+            "data.*, codec.*), or train it afresh without resume=."
+        )
 
 
 def remember(cfg: DictConfig, run: RunDirectory) -> None:

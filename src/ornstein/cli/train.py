@@ -37,12 +37,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
     validate(cfg)
     data = _ready_data(cfg)
 
-    from ornstein.cli.resume import open_run_directory
+    from ornstein.cli.resume import check_checkpoint, open_run_directory
     from ornstein.experiment import Summary
 
     run = open_run_directory(cfg)
-    with run.lock(), Summary(run) as summary:
-        return _fit(cfg, data, run, summary)
+    with run.lock():
+        check_checkpoint(cfg, run)
+        with Summary(run) as summary:
+            return _fit(cfg, data, run, summary)
 
 
 def _ready_data(cfg: DictConfig) -> Any:
@@ -56,7 +58,7 @@ def _ready_data(cfg: DictConfig) -> Any:
 
 
 def _fit(cfg: DictConfig, data: Any, run: RunDirectory, summary: Summary) -> dict[str, float]:
-    from ornstein.cli.announce import announce
+    from ornstein.cli.announce import announce, conclude
     from ornstein.cli.build import build_callbacks, build_loggers, build_module, build_trainer, plain
     from ornstein.cli.resume import remember
     from ornstein.experiment import close_loggers, describe_environment, set_determinism
@@ -79,6 +81,7 @@ def _fit(cfg: DictConfig, data: Any, run: RunDirectory, summary: Summary) -> dic
         summary.update(**figures, steps=trainer.global_step, images_seen=module.images_seen)
     finally:
         close_loggers(loggers)
+    conclude(run, figures)
     return figures
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ornstein.errors import OrnsteinError
+from ornstein.networks.attention import attend
 from ornstein.networks.blocks import zero_init
 from ornstein.networks.checks import auto_patch_size, check_divisible, check_heads, image_size_pair
 from ornstein.networks.embeddings import ConditionEmbedding, sincos_positions
@@ -46,7 +47,7 @@ class DiTBlock(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(modulate(self.norm1(x), shift1, scale1))
         qkv = qkv.view(batch, tokens, 3 * self.heads, width // self.heads).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=1))
+        attended = attend(*qkv.chunk(3, dim=1))
         attended = attended.transpose(1, 2).reshape(batch, tokens, width)
         x = torch.addcmul(x, gate1, self.out(attended))
         h = F.gelu(self.mlp_in(modulate(self.norm2(x), shift2, scale2)), approximate="tanh")

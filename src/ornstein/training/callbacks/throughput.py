@@ -83,14 +83,14 @@ class Throughput(pl.Callback):
     def summary(self) -> dict[str, float | int]:
         """Figures of the run so far, earlier starts included: the median of images a second (of this start,
         without its first half second, which warms up), the share of training time that waited for data,
-        steps, images seen, seconds in training steps and in all.
+        steps, images seen, seconds in training steps and in all. A start without a step has no speed.
         """
         train = self._earlier_train + self._clock.seconds()
         rates = self._rates[1:] or self._rates
         if not rates and self._clock.seconds() > 0:
             rates = [(self._images - self._window[1]) / self._clock.seconds()]
         return {
-            "images_per_s": round(statistics.median(rates), 2) if rates else 0.0,
+            **({"images_per_s": round(statistics.median(rates), 2)} if rates else {}),
             "data_wait_share": round((self._earlier_wait + self._wait) / max(train, 1e-9), 4),
             "steps": self._steps,
             "images_seen": self._images,

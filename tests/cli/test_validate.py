@@ -1,0 +1,185 @@
+"""What is refused before anything is read, and that nothing else is."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from ornstein.cli.launch import conf_dir, find_mistake
+from ornstein.cli.trust import targets
+from ornstein.cli.validate import validate
+
+CONF = conf_dir()
+MODELS = ("pixel_unet", "class_unet", "dit", "latent_unet", "latent_dit")
+SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid", "flow", "edm")
+OBJECTIVES = ("eps", "x0", "v", "flow", "edm")
+
+# Overrides, and the words that the sentence must hold: what is wrong, and what to do.
+REFUSED = [
+    ("data.num_classes=null", "model=class_unet data=digits class-conditional model=pixel_unet conditioner=none"),
+    ("model=dit data.num_classes=null", "model=dit data=digits class-conditional model=pixel_unet"),
+    ("model=dit data=image_folder", "model=dit data=image_folder data.num_classes=auto"),
+    ("model=pixel_unet guidance=cfg", "guidance=cfg no condition guidance=none model=class_unet"),
+    ("conditioner=none guidance=cfg", "guidance=cfg no condition guidance=none"),
+    ("guidance=cfg conditioner.dropout=0", "guidance=cfg label dropout guidance=none conditioner.dropout=0.1"),
+    ("model=latent_unet codec=identity", "model=latent_unet codec=identity codec=kl model=class_unet"),
+    ("model=latent_dit codec=identity", "model=latent_dit codec=identity codec=kl model=dit"),
+    (
+        "model=latent_unet data=fashion_mnist",
+        "codec=kl digits fashion_mnist train_autoencoder codec.weights= codec.fits=[fashion_mnist] model=class_unet",
+    ),
+    ("codec=kl", "image_size=32 data.image_size is 8 codec.weights="),
+    ("model=latent_dit data.image_size=16", "image_size=32 data.image_size is 16 set data.image_size=32"),
+    ("model=latent_dit data.image_size=30", "30 is not divisible by 4 data.image_size"),
+    ("model=latent_unet data.channels=3", "image_channels=1 data.channels"),
+    ("model=latent_unet codec.weights=/nowhere.safetensors", "/nowhere.safetensors train_autoencoder codec.weights="),
+    ("data.image_size=9", "9 x 9 divide by 2 10 x 10"),
+    ("model=dit data.image_size=9", "9 x 9 divide by 2 patch_size 10 x 10"),
+    ("model/network=unet data.image_size=12", "12 x 12 divide by 8 16 x 16"),
+    ("model/network=annotated data.image_size=10", "10 x 10 divide by 4 12 x 12"),
+    ("data.image_size=0", "image size positive 0"),
+    ("data.image_size=8.5", "codec"),
+    ("objective=eps scheduler=flow", "objective=eps scheduler=flow zero SNR objective=v cosine"),
+    ("trainer.max_steps=0", "trainer.max_steps=0 at least 1"),
+    ("trainer.max_steps=null", "trainer.max_steps=None at least 1"),
+    ("sampler.steps=0", "sampler.steps=0 at least 1"),
+    ("sampler=heun sampler.steps=-3", "sampler.steps=-3 at least 1"),
+    ("sampler.steps=many", "sampler str"),
+    ("sampler=ddim sampler.eta=-1", "sampler.eta=-1 [0, 1]"),
+    ("sampler=ddpm sampler.variance=wide", "sampler.variance fixed_small fixed_large"),
+    ("sampler/grid=trailing sampler.steps=2000", "sampler.steps=2000 num_timesteps=1000"),
+    ("conditioner.dropout=1.5", "conditioner.dropout [0, 1] 1.5"),
+    ("scheduler=linear scheduler.beta_start=2", "beta_start"),
+    ("objective/distance=huber objective.distance.delta=-1", "delta > 0"),
+    ("objective/time=uniform objective.time.t_min=3", "t_min=3 [0, 1)"),
+    ("model=dit model.network.heads=3", "hidden_size 128 3 attention heads"),
+    ("clip_x0=-1", "clip_x0=-1 positive null"),
+    ("dynamic_threshold=7", "dynamic_threshold=7 (0, 1]"),
+    ("optimizer.lr=-1", "optimizer=adamw learning rate -1"),
+    ("lr_schedule.warmup_steps=-1", "lr_schedule warmup_steps=-1"),
+    ("data=image_folder data.root=/nowhere data.num_classes=auto", "data.root=/nowhere folder of images"),
+]
+
+ACCEPTED = [
+    "",
+    "model=pixel_unet data.num_classes=null",
+    "model=dit conditioner=none data.num_classes=null",
+    "guidance=cfg",
+    "guidance=cfg guidance.scale=1",
+    "model=dit guidance=cfg conditioner.dropout=0.3",
+    "conditioner.dropout=0",
+    "data=fashion_mnist",
+    "data=fashion_mnist model=dit data.image_size=28",
+    "data=emoji",
+    "data=image_folder model=pixel_unet data.root=/somewhere",
+    "data.image_size=16 data.channels=3",
+    "model=dit model.network.patch_size=1 data.image_size=9",
+    "objective=v scheduler=flow sampler=heun",
+    "objective=eps scheduler=edm",
+    "sampler=ddim sampler.eta=1",
+    "sampler/grid=trailing sampler.steps=1000",
+    "sampler/grid=karras scheduler=edm",
+    "sampler.steps=1",
+    "trainer.max_steps=1",
+    "clip_x0=1 dynamic_threshold=0.995",
+    "experiment=ddpm_fashion_mnist",
+    "experiment=ddpm_fashion_mnist model.network.block=convnext",
+    "debug=overfit",
+    "debug=fast_dev_run",
+    "debug=profiler",
+    "callbacks=none logger=none metrics=none ema=none lr_schedule=none",
+    "+model.network.heads=2",
+]
+
+
+def sentence(error: BaseException) -> str:
+    """What a user would read of it."""
+    mistake = find_mistake(error)
+    assert mistake is not None, f"a traceback: {error!r}"
+    return " ".join(str(mistake).split())
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_refused_in_one_sentence(compose, overrides, words):
+    with pytest.raises(Exception) as caught:
+        validate(compose(*overrides.split()))
+    told = sentence(caught.value)
+    assert [word for word in words.split() if word not in told] == [], told
+    assert len(told) < 450 and "Traceback" not in told
+
+
+@pytest.mark.parametrize("overrides", ACCEPTED)
+def test_accepted(compose, overrides):
+    validate(compose(*overrides.split()))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model=nope", "Could not find 'model/nope' class_unet dit latent_dit latent_unet pixel_unet"),
+        ("sampler/grid=nope", "Could not find karras log_snr uniform"),
+        ("experiment=nope", "Could not find ddpm_fashion_mnist"),
+        ("foo=1", "Could not override 'foo' +foo=1"),
+        ("trainer.max_step=1", "Could not override 'trainer.max_step'"),
+        ("model.network.chanels=1", "Could not override 'model.network.chanels'"),
+        ("schedule=linear", "Could not override 'schedule'"),
+    ],
+)
+def test_unknown_options_and_keys_get_hydras_own_list(compose, override, words):
+    with pytest.raises(HydraException) as caught:
+        compose(override)
+    assert [word for word in words.split() if word not in str(caught.value)] == []
+
+
+def options_of(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+GROUPS = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir() and options_of(path))
+OPTIONS = [(group, option) for group in GROUPS for option in options_of(CONF / group)]
+# What an option cannot do without.
+NEEDS = {
+    ("codec", "kl"): ["data.image_size=32"],
+    ("conditioner", "none"): ["model=pixel_unet"],
+    ("data", "image_folder"): ["model=pixel_unet", "data.root=/somewhere"],
+}
+BUILT_WITHOUT_LIGHTNING = {"codec", "conditioner", "guidance", "objective", "sampler", "scheduler"}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(row) for row in OPTIONS])
+def test_every_option_composes_and_instantiates(compose, group, option):
+    """Every file below conf/: no list to forget a new one in."""
+    cfg = compose(f"{group}={option}", *NEEDS.get((group, option), []))
+    validate(cfg)
+    top = group.partition("/")[0]
+    if top in BUILT_WITHOUT_LIGHTNING:
+        assert type(instantiate(cfg[top])).__module__.startswith("ornstein.")
+    for target in targets(OmegaConf.to_container(cfg, resolve=True)):
+        module, _, name = target.rpartition(".")
+        assert hasattr(import_module(module), name), target
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_cell_of_model_schedule_objective(compose, model):
+    """150 cells: 125 + 20 go through, the five of eps on flow a model are refused with the sentence that says so."""
+    cfg = compose(f"model={model}")
+    schedules = {name: compose(f"scheduler={name}").scheduler for name in SCHEDULES}
+    objectives = {name: compose(f"objective={name}").objective for name in OBJECTIVES}
+    assert set(schedules) == set(options_of(CONF / "scheduler"))
+    assert set(objectives) == set(options_of(CONF / "objective"))
+    assert set(MODELS) == set(options_of(CONF / "model"))
+    refused = []
+    for schedule, objective in product(SCHEDULES, OBJECTIVES):
+        cfg.scheduler, cfg.objective = schedules[schedule], objectives[objective]
+        try:
+            validate(cfg)
+        except Exception as error:
+            assert "zero SNR" in sentence(error)
+            refused.append((schedule, objective))
+    assert refused == [("flow", "eps")]
