@@ -27,7 +27,7 @@ def follow(folder: Path) -> list[str]:
             path.write_text(f"{path.read_text()}\n\n{block}")
         else:
             importing, row = block.splitlines()
-            text = path.read_text().replace("\nfrom ", f"\n{importing}\nfrom ", 2).replace(f"{importing}\n", "", 1)
+            text = path.read_text().replace("annotations\n", f"annotations\n\n{importing}\n", 1)
             path.write_text(text.replace("\nSCHEDULES = {\n", f"\nSCHEDULES = {{\n    {row}\n"))
     return [name for name, _ in RECIPE.findall(section)]
 

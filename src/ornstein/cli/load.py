@@ -162,7 +162,7 @@ def restore(
 
     if weights not in ("ema", "model"):
         raise OrnsteinError(f"weights={weights} is unknown: choose ema or model.")
-    check_targets(OmegaConf.to_container(cfg, resolve=False), trust_targets)
+    check_targets(cfg, trust_targets)
     path = stored.checkpoint_path(checkpoint)
     state = AtomicCheckpointIO().load_checkpoint(path)
     module = build_module(cfg, training=False)

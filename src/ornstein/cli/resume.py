@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from ornstein.cli.launch import peek_argument, remove_untouched, take_argument
 from ornstein.cli.stored import open_run
 from ornstein.errors import OrnsteinError
-from ornstein.experiment import RunDirectory, find_unfinished, identity
+from ornstein.experiment import RunDirectory
+from ornstein.experiment.identity import find_unfinished, identity
 
 
 def prepare_resume(argv: list[str]) -> str:

@@ -69,10 +69,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _config_of_checkpoint(path: Path) -> dict[str, Any]:
+    import pickle
+
     import torch
 
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return dict(checkpoint["ornstein"]["config"])
-    except (KeyError, RuntimeError, OSError, ValueError) as error:
-        raise OrnsteinError(f"{path} is not a checkpoint of this package, or is damaged: {error}") from error
+    except (KeyError, TypeError, RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise OrnsteinError(f"{path} is not a checkpoint of this package, or is damaged: name another.") from error

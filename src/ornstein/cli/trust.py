@@ -1,13 +1,21 @@
-"""Which classes a stored config may name: this package's own and a short list of libraries' parts."""
+"""Which classes a stored config may name: those of this package that a model, its data and its figures are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from ornstein.errors import OrnsteinError
 
-_PARTS = ("ornstein.", "torch.optim.", "lightning.pytorch.", "diffusers.schedulers.")
+# Groups that sampling and scoring build; callbacks, loggers and the like stay words.
+BUILT = ("data", "codec", "conditioner", "scheduler", "objective", "sampler", "guidance", "model", "metrics")
+_HOMES = (
+    *(f"ornstein.{floor}." for floor in ("diffusion", "networks", "codecs", "conditioning", "data", "metrics")),
+    "diffusers.schedulers.",
+)
+_FUNCTIONS = ("ornstein.codecs.load_kl", "ornstein.metrics.features_by_name")
 
 
 def targets(config: Any) -> Iterator[str]:
@@ -23,32 +31,41 @@ def targets(config: Any) -> Iterator[str]:
             yield from targets(value)
 
 
-def check_targets(config: Any, trusted: Sequence[str] = ()) -> None:
+def check_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> None:
     """Refuses a stored config that would call something this package does not know.
 
-    A name counts as ours when it is a public class or function defined in the module that it names, so that a path
-    through one of our modules into another library does not pass.
+    Resolved, because an interpolation can make a target too. A name counts as ours when it is a class defined where it
+    says, in one of the floors that models are made of: a path through one of our modules into another library does not
+    pass, and neither does a function that writes files. Nothing that is not trusted is imported.
 
     Raises:
         OrnsteinError: names the target and the flag that allows it.
     """
-    for target in targets(config):
-        if any(target == prefix or target.startswith(prefix.rstrip(".") + ".") for prefix in trusted):
+    for group in BUILT:
+        node = cfg.get(group)
+        if not OmegaConf.is_config(node):
             continue
-        if not target.startswith(_PARTS) or (target.startswith("ornstein.") and not _is_ours(target)):
-            module = target.rpartition(".")[0]
-            raise OrnsteinError(
-                f"the run's config names {target}, which is not part of this package: if you trust it, add "
-                f"trust_targets=[{module}]."
-            )
+        for target in targets(OmegaConf.to_container(node, resolve=True)):
+            if any(target == prefix or target.startswith(prefix.rstrip(".") + ".") for prefix in trusted):
+                continue
+            if not _is_ours(target):
+                raise OrnsteinError(
+                    f"the run's config names {target}, which is not part of this package: if you trust it, add "
+                    f"trust_targets=[{target.rpartition('.')[0]}]."
+                )
 
 
 def _is_ours(target: str) -> bool:
     from importlib import import_module
 
+    home = next((prefix for prefix in _HOMES if target.startswith(prefix)), None)
+    if home is None:
+        return False
+    if target in _FUNCTIONS:
+        return True
     module_name, _, name = target.rpartition(".")
     try:
         found = getattr(import_module(module_name), name)
     except (ImportError, AttributeError):
         return False
-    return str(getattr(found, "__module__", "")).startswith("ornstein.") and callable(found)
+    return isinstance(found, type) and f"{found.__module__}.".startswith(home)

@@ -87,7 +87,7 @@ class Throughput(pl.Callback):
         """
         train = self._earlier_train + self._clock.seconds()
         rates = self._rates[1:] or self._rates
-        if not rates and self._clock.seconds() > 0:
+        if not rates and self._images > self._window[1] and self._clock.seconds() > 0:
             rates = [(self._images - self._window[1]) / self._clock.seconds()]
         return {
             **({"images_per_s": round(statistics.median(rates), 2)} if rates else {}),
