@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+# Before torch is imported, and inherited by the commands that tests start: one thread each (workers share the cores,
+# and sums keep their order), and no library that asks a server for anything.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+}
+
+# torchvision's guard, before any test imports Lightning, and in pytest-xdist's own process, which imports the classes
+# of its workers' warnings.
+import ornstein  # noqa: F401
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that would connect to anything but this machine."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            host = str(address[0])
+            try:
+                local = ipaddress.ip_address(host).is_loopback
+            except ValueError:
+                local = host in ("localhost", socket.gethostname())
+            if not local:
+                pytest.fail(f"a test tried to connect to {host}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
 @pytest.fixture(scope="session")

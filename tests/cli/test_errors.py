@@ -52,7 +52,6 @@ def test_help_loads_neither_torch_nor_anything_else(tmp_path, script):
 REFUSED = [
     ("train.py", "data.num_classes=null", "class-conditional model=pixel_unet", ()),
     ("train.py", "model=latent_unet data=emoji", "codec=kl holds weights for digits, not emoji", ()),
-    ("train.py", "model=latent_unet data.image_size=30", "30 is not divisible by 4", ("torch", "numpy")),
     ("train.py", "objective=eps scheduler=flow", "zero SNR", ("torch", "numpy")),
     ("train.py", "resume=nowhere", "resume=nowhere: there is no such folder", ()),
     ("train.py", "resume=.", "resume=. holds no config.yaml", ()),
@@ -78,7 +77,7 @@ def test_a_refusal_is_one_sentence_and_leaves_nothing(tmp_path, script, argument
     [
         ("model=nope", "Available options in 'model': class_unet dit latent_dit latent_unet pixel_unet"),
         ("trainer.max_step=1", "Could not override 'trainer.max_step'"),
-        ("sampler.steps=[", "OverrideParseException"),
+        ("sampler.steps=[", "no viable alternative at input '['"),
     ],
 )
 def test_what_hydra_refuses_it_refuses_without_a_traceback(tmp_path, argument, words):
@@ -89,19 +88,11 @@ def test_what_hydra_refuses_it_refuses_without_a_traceback(tmp_path, argument, w
     assert outcome.loaded == set() and outcome.files == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("data=fashion_mnist data.root=/nowhere data.download=false", "fashion_mnist /nowhere data.root="),
-        ("data=image_folder model=pixel_unet data.root=/nowhere", "/nowhere folder"),
-        ("data.batch_size=0", "data.batch_size=0 at least 1"),
-    ],
-)
-def test_missing_data_are_told_of_before_the_run_begins(tmp_path, arguments, words):
-    outcome = Outcome(tmp_path, "train.py", *arguments.split())
+def test_missing_data_are_told_of_before_the_run_begins(tmp_path):
+    outcome = Outcome(tmp_path, "train.py", "data=fashion_mnist", "data.root=/nowhere", "data.download=false")
     assert outcome.code == 1
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
-    assert [word for word in words.split() if word not in outcome.err] == [], outcome.err
+    assert all(word in outcome.err for word in ("fashion_mnist", "/nowhere", "data.root=")), outcome.err
     assert outcome.files == [] and "wandb" not in outcome.loaded
 
 

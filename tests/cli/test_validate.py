@@ -165,12 +165,20 @@ def test_every_option_composes_and_instantiates(compose, group, option):
         assert hasattr(import_module(module), name), target
 
 
+@pytest.fixture(scope="module")
+def nodes(compose_config, tmp_path_factory):
+    """Every schedule's and every objective's config, composed once."""
+    folder = tmp_path_factory.mktemp("nodes")
+    schedules = {name: compose_config(f"scheduler={name}", run_dir=folder).scheduler for name in SCHEDULES}
+    objectives = {name: compose_config(f"objective={name}", run_dir=folder).objective for name in OBJECTIVES}
+    return schedules, objectives
+
+
 @pytest.mark.parametrize("model", MODELS)
-def test_every_cell_of_model_schedule_objective(compose, model):
-    """150 cells: 125 + 20 go through, the five of eps on flow a model are refused with the sentence that says so."""
+def test_every_cell_of_model_schedule_objective(compose, nodes, model):
+    """150 cells; those of eps on flow, one a model, are refused with the sentence that says so."""
     cfg = compose(f"model={model}")
-    schedules = {name: compose(f"scheduler={name}").scheduler for name in SCHEDULES}
-    objectives = {name: compose(f"objective={name}").objective for name in OBJECTIVES}
+    schedules, objectives = nodes
     assert set(schedules) == set(options_of(CONF / "scheduler"))
     assert set(objectives) == set(options_of(CONF / "objective"))
     assert set(MODELS) == set(options_of(CONF / "model"))

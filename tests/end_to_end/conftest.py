@@ -78,7 +78,7 @@ def trained(
 
 @pytest.fixture(scope="session")
 def command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``command("train.py", "model=dit", cwd=folder)``: a command of the repository, run as a user does, but elsewhere."""
+    """``command("train.py", "model=dit", cwd=folder)``: a command of the repository, in another folder."""
 
     def run(
         script: str, *arguments: str, cwd: Path, path: Sequence[Path] = (), environment: Mapping[str, str] | None = None

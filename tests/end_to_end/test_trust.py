@@ -104,7 +104,7 @@ def test_what_no_model_is_made_of_is_refused(altered, tmp_path, target):
 def test_a_target_made_by_an_interpolation_is_seen_too(altered, tmp_path, text):
     proof = tmp_path / "proof"
     run = altered(lambda config: config["model"].update(network=text.replace("PROOF", str(proof))))
-    with pytest.raises(OrnsteinError, match="names os.system, which is not part of this package"):
+    with pytest.raises(OrnsteinError, match=r"names os\.system, which is not part of this package"):
         ornstein.load(run)
     assert not proof.exists()
 

@@ -56,6 +56,12 @@ def conclude(run: Any, figures: dict[str, float]) -> None:
     _print({**({"figures": ", ".join(told)} if told else {}), "written to": str(run.path)})
 
 
+def interrupted(run: Any) -> None:
+    """Prints how to go on with a run that was stopped from outside."""
+    if run.last_checkpoint() is not None:
+        _print({"stopped": f"go on with it by resume={run.path}"})
+
+
 def _print(rows: dict[str, str]) -> None:
     """A line a row, never cropped: a terminal wraps it, a file keeps it."""
     from rich.console import Console
@@ -70,7 +76,7 @@ def _resuming(checkpoint: Path, steps: int) -> str:
 
     done = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     if done >= steps:
-        return f"{checkpoint.name}, at step {done:,} of {steps:,}: nothing is left to do, trainer.max_steps=... goes further"
+        return f"{checkpoint.name}, at step {done:,} of {steps:,}: nothing left to do but by trainer.max_steps=..."
     return f"{checkpoint.name}, at step {done:,}"
 
 

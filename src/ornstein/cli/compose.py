@@ -68,7 +68,7 @@ def train(overrides: Sequence[str] = (), *, run_dir: str | Path | None = None) -
     from ornstein.cli.stored import open_run
     from ornstein.cli.trust import targets
 
-    words = list(overrides)
+    words = _words(overrides, None)
     config_name = prepare_resume(words)
     if config_name != "train" and run_dir is not None:
         raise OrnsteinError("resume=FOLDER goes on in that folder: leave run_dir out.")

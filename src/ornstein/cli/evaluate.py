@@ -41,6 +41,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         weights=cfg.weights,
         trust_targets=list(cfg.trust_targets),
     )
+    request(module, cfg)
     run = RunDirectory(cfg.paths.run_dir)
     with run.lock(), Summary(run) as summary:
         run.write_config(plain(cfg))
@@ -56,25 +57,33 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     return dict(report.values)
 
 
+def request(module: DiffusionModule, cfg: DictConfig) -> tuple[range, dict[str, Any]]:
+    """The numbers of the samples that are asked for, and the checked options that they are drawn with.
+
+    Raises:
+        OrnsteinError: too few samples, or an option that this run cannot honour.
+    """
+    from ornstein.cli.load import sampling_options
+
+    if cfg.num_samples < 2:
+        raise OrnsteinError(f"num_samples={cfg.num_samples}: figures need at least 2, and mean little below 1000.")
+    labels = None if cfg.labels is None else list(cfg.labels)
+    indices = range(cfg.first_index, cfg.first_index + cfg.num_samples)
+    return indices, sampling_options(module, cfg, labels=labels, count=len(indices))
+
+
 def score(module: DiffusionModule, cfg: DictConfig, *, pictures: Any = None) -> MetricReport:
     """FID, KID, IS, label accuracy and memorisation of ``cfg.num_samples`` samples against the run's training data.
 
     Raises:
         OrnsteinError: too few samples, no feature space, or an option that this run cannot honour.
     """
-    from hydra.utils import instantiate
-
     from ornstein.cli.build import build_data, build_metrics
-    from ornstein.cli.load import check_labels
     from ornstein.cli.progress import bar
-    from ornstein.cli.validate import check_guidance
     from ornstein.metrics import nearest_neighbours, neighbour_grid, real_floor, reference_statistics
     from ornstein.training import scoring
 
-    if cfg.num_samples < 2:
-        raise OrnsteinError(f"num_samples={cfg.num_samples}: figures need at least 2, and mean little below 1000.")
-    sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
-    check_guidance(guidance.needs_null, cfg, {})
+    indices, options = request(module, cfg)
     metrics = build_metrics(cfg.metrics)
     if metrics is None:
         raise OrnsteinError(
@@ -84,19 +93,15 @@ def score(module: DiffusionModule, cfg: DictConfig, *, pictures: Any = None) -> 
     metrics.to(module.device)
     data = build_data(cfg)
     data.setup()
-    indices = range(cfg.first_index, cfg.first_index + cfg.num_samples)
-    labels = check_labels(None if cfg.labels is None else list(cfg.labels), module, len(indices))
     metrics.set_reference(reference_statistics(metrics.features, data.train))
     batches = -(-len(indices) // int(cfg.batch_size))
-    with bar("evaluating", batches * sampler.steps) as advance:
+    with bar("evaluating", batches * options["sampler"].steps) as advance:
         drawn = scoring.draw_into(
             metrics,
             module,
             indices,
             dataset=data.train,
-            sampler=sampler,
-            guidance=guidance,
-            labels=labels,
+            **options,
             seed=int(cfg.seed),
             batch_size=int(cfg.batch_size),
             advance=advance,
@@ -114,11 +119,17 @@ def score(module: DiffusionModule, cfg: DictConfig, *, pictures: Any = None) -> 
         _, neighbours = nearest_neighbours(extract(metrics.features, shown)[0], bank, k=5)
         real = data.train.batch(list(range(len(data.train))))["image"]
         neighbour_grid(shown, real, neighbours=neighbours, path=pictures / "nearest_training_images.png")
+    protocol = "balanced" if module.conditioner.num_classes else "none"
     return metrics.report(
         values,
-        label_protocol="given" if labels is not None else "balanced" if module.conditioner.num_classes else "none",
+        label_protocol=protocol if options["labels"] is None else "given",
         sampling=scoring.sampling_facts(
-            module, sampler=sampler, guidance=guidance, weights=str(cfg.weights), nfe=drawn.nfe, seed=int(cfg.seed)
+            module,
+            sampler=options["sampler"],
+            guidance=options["guidance"],
+            weights=str(cfg.weights),
+            nfe=drawn.nfe,
+            seed=int(cfg.seed),
         ),
         floor=floor.to_dict(),
         memorisation=nearness,

@@ -90,7 +90,8 @@ def told(body: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
 def remove_untouched(folder: Path) -> None:
     """Removes the folder that Hydra made for a run that never began; one that holds more than Hydra's own stays."""
-    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {".hydra", f"{HydraConfig.get().job.name}.log"}:
+    own = {".hydra", f"{HydraConfig.get().job.name}.log"}
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= own:
         shutil.rmtree(folder)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ornstein.cli.launch import conf_dir, register_resolvers, store_run
 from ornstein.cli.stored import StoredRun, open_run
 from ornstein.cli.trust import check_targets
-from ornstein.cli.validate import check_guidance
+from ornstein.cli.validate import check_grid, check_guidance
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -100,11 +100,9 @@ class Run:
         overrides += [f"sampler.steps={steps}"] if steps is not None else []
         overrides += [f"guidance.scale={scale}"] if scale is not None else []
         cfg = compose_for(self.stored, "sample", overrides)
-        batches = generate_samples(
-            self.module,
-            cfg,
+        batches = self.module.generate(
             range(first_index, first_index + num_samples),
-            labels=labels,
+            **sampling_options(self.module, cfg, labels=labels, count=num_samples),
             seed=seed,
             batch_size=batch_size,
             watch=watch,
@@ -172,35 +170,27 @@ def restore(
         if weights == "ema" and averaged:
             module.network.load_state_dict(averaged)
     except RuntimeError as error:
-        raise OrnsteinError(f"{path} does not fit the run's config: {error}") from error
+        raise OrnsteinError(
+            f"{path} is of another network than the run's config describes: has its config.yaml been changed, or was "
+            "the run made by another version of this package?"
+        ) from error
     module.images_seen = int(state["ornstein"]["images_seen"])
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return module.to(target).eval().requires_grad_(False)
 
 
-def generate_samples(
-    module: DiffusionModule,
-    cfg: DictConfig,
-    indices: range,
-    *,
-    labels: Sequence[int] | None,
-    seed: int,
-    batch_size: int,
-    watch: Callable[..., None] | None = None,
-) -> Any:
-    """Batches of samples with the sampler and guidance of a composed config."""
-    guidance = instantiate(cfg.guidance)
+def sampling_options(
+    module: DiffusionModule, cfg: DictConfig, *, labels: Sequence[int] | None, count: int
+) -> dict[str, Any]:
+    """Sampler, guidance and labels of a composed config, as ``DiffusionModule.generate`` takes them.
+
+    Raises:
+        OrnsteinError: an option that this run cannot honour.
+    """
+    sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
     check_guidance(guidance.needs_null, cfg, {"guidance": str(cfg.guidance.get("_target_", "")).rpartition(".")[2]})
-    labels = check_labels(labels, module, len(indices))
-    return module.generate(
-        indices,
-        sampler=instantiate(cfg.sampler),
-        guidance=guidance,
-        labels=labels,
-        seed=seed,
-        batch_size=batch_size,
-        watch=watch,
-    )
+    check_grid(sampler, module.schedule)
+    return {"sampler": sampler, "guidance": guidance, "labels": check_labels(labels, module, count)}
 
 
 def check_labels(labels: Sequence[int] | None, module: DiffusionModule, count: int) -> list[int] | None:

@@ -45,7 +45,7 @@ def sample(cfg: DictConfig) -> None:
     import torch
 
     from ornstein.cli.build import plain
-    from ornstein.cli.load import generate_samples, restore
+    from ornstein.cli.load import restore, sampling_options
     from ornstein.cli.progress import bar
     from ornstein.cli.stored import open_run
     from ornstein.experiment import RunDirectory, Summary, describe_environment
@@ -55,19 +55,18 @@ def sample(cfg: DictConfig) -> None:
         raise OrnsteinError(f"num_samples={cfg.num_samples} must be at least 1.")
     stored = open_run(str(cfg.run))
     module = restore(stored, cfg, checkpoint=cfg.checkpoint, weights=cfg.weights, trust_targets=list(cfg.trust_targets))
-    run = RunDirectory(cfg.paths.run_dir)
     indices = range(cfg.first_index, cfg.first_index + cfg.num_samples)
     labels = None if cfg.labels is None else list(cfg.labels)
+    options = sampling_options(module, cfg, labels=labels, count=len(indices))
+    run = RunDirectory(cfg.paths.run_dir)
     with run.lock(), Summary(run) as summary:
         run.write_config(plain(cfg))
         run.write_json("environment.json", describe_environment(seed=int(cfg.seed)))
         steps = -(-len(indices) // int(cfg.batch_size)) * int(cfg.sampler.steps)
         with bar("sampling", steps) as advance:
-            drawn = generate_samples(
-                module,
-                cfg,
+            drawn = module.generate(
                 indices,
-                labels=labels,
+                **options,
                 seed=int(cfg.seed),
                 batch_size=int(cfg.batch_size),
                 watch=lambda step, state: advance(),

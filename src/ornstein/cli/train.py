@@ -58,7 +58,7 @@ def _ready_data(cfg: DictConfig) -> Any:
 
 
 def _fit(cfg: DictConfig, data: Any, run: RunDirectory, summary: Summary) -> dict[str, float]:
-    from ornstein.cli.announce import announce, conclude
+    from ornstein.cli.announce import announce, conclude, interrupted
     from ornstein.cli.build import build_callbacks, build_loggers, build_module, build_trainer, plain
     from ornstein.cli.resume import remember
     from ornstein.experiment import close_loggers, describe_environment, set_determinism
@@ -79,6 +79,9 @@ def _fit(cfg: DictConfig, data: Any, run: RunDirectory, summary: Summary) -> dic
             if hasattr(callback, "summary"):
                 summary.update(**callback.summary())
         summary.update(**figures, steps=trainer.global_step, images_seen=module.images_seen)
+    except (KeyboardInterrupt, SystemExit):
+        interrupted(run)
+        raise
     finally:
         close_loggers(loggers)
     conclude(run, figures)

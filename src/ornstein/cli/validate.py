@@ -39,10 +39,8 @@ def validate(cfg: DictConfig) -> None:
     _build_network(cfg)
     if not isinstance(cfg.trainer.max_steps, int) or cfg.trainer.max_steps < 1:
         raise OrnsteinError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1: it is what ends training.")
-    try:
-        _check_sampling(cfg, schedule, objective, sampler)
-    except ValueError as error:
-        raise OrnsteinError(str(error)) from error
+    check_grid(sampler, schedule)
+    _check_limits(cfg, schedule, objective)
     _build_optimizer(cfg, choices)
 
 
@@ -108,16 +106,26 @@ def _build_network(cfg: DictConfig) -> None:
         instantiate(cfg.model.network)
 
 
-def _check_sampling(cfg: DictConfig, schedule: Any, objective: Any, sampler: Any) -> None:
-    """Whether the sampler's grid can be laid on the schedule, and the denoiser's own options."""
+def check_grid(sampler: Any, schedule: Any) -> None:
+    """The sampler's steps can be laid on the schedule."""
+    from ornstein.diffusion.grids import make_grid
+
+    try:
+        make_grid(sampler.rule, schedule, sampler.steps)
+    except ValueError as error:
+        raise OrnsteinError(str(error)) from error
+
+
+def _check_limits(cfg: DictConfig, schedule: Any, objective: Any) -> None:
     from torch import nn
 
     from ornstein.diffusion.denoiser import Denoiser
-    from ornstein.diffusion.grids import make_grid
 
-    make_grid(sampler.rule, schedule, sampler.steps)
     limits = {"clip_x0": cfg.get("clip_x0"), "dynamic_threshold": cfg.get("dynamic_threshold")}
-    Denoiser(nn.Identity(), schedule, objective.parameterization, **limits)
+    try:
+        Denoiser(nn.Identity(), schedule, objective.parameterization, **limits)
+    except ValueError as error:
+        raise OrnsteinError(str(error)) from error
 
 
 def _build_optimizer(cfg: DictConfig, choices: dict[str, str]) -> None:
