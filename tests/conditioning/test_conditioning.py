@@ -34,9 +34,9 @@ def test_cond_keeps_labels_and_null_is_the_index_after_the_last_class() -> None:
 def test_training_drops_to_the_null_class_at_the_given_rate_and_nothing_else() -> None:
     count, dropout = 20_000, 0.1
     label = torch.arange(count) % 10
-    out = ClassLabel(10, dropout=dropout).training_cond(
-        {"label": label}, generator=torch.Generator().manual_seed(0)
-    )["label"]
+    out = ClassLabel(10, dropout=dropout).training_cond({"label": label}, generator=torch.Generator().manual_seed(0))[
+        "label"
+    ]
     dropped = out == 10
     assert out[~dropped].equal(label[~dropped])
     # Five standard deviations of a binomial share.

@@ -89,9 +89,7 @@ def emoji_package(tmp_path: Path) -> Path:
             picture = Image.new("RGBA", (64, 64), (6 * shade, 10 * tone, 200, 255))
             picture.paste((0, 0, 0, 0), (0, 0, 32, 64))
             picture.save(images / f"{name}.png")
-        variants = {
-            code: {"image": f"{name}.png", "has_img_google": True} for code, name in names.items() if code
-        }
+        variants = {code: {"image": f"{name}.png", "has_img_google": True} for code, name in names.items() if code}
         row = {
             "image": f"{names['']}.png",
             "name": f"THING {number}",

@@ -57,9 +57,7 @@ def test_upscaled_digits_stay_the_digits(size: int) -> None:
     assert scaled.images.shape[2:] == (size, size)
     block = size // 8
     averaged = np.asarray(scaled.images).reshape(-1, 8, block, 8, block).mean((2, 4)).reshape(len(scaled), -1)
-    distance = ((averaged[:, None] - native.images.reshape(1, len(native), -1).astype(np.float64)) ** 2).sum(
-        -1
-    )
+    distance = ((averaged[:, None] - native.images.reshape(1, len(native), -1).astype(np.float64)) ** 2).sum(-1)
     assert (distance.argmin(1) == np.arange(len(native))).all()
 
 

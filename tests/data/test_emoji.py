@@ -12,8 +12,7 @@ from ornstein.errors import OrnsteinError
 def both(package: Path, **options: object) -> tuple[Emoji, Emoji]:
     """Train and val at 16 pixels."""
     return tuple(
-        Emoji(split=split, root=str(package), image_size=16, download=False, **options)
-        for split in ("train", "val")
+        Emoji(split=split, root=str(package), image_size=16, download=False, **options) for split in ("train", "val")
     )
 
 

@@ -72,9 +72,7 @@ def test_npm_package(tmp_path: Path, npm: tuple[Path, str], there: str) -> None:
         target.mkdir(parents=True)
     if there == "other":
         (target / "mine").write_text("mine")
-    fetch.npm_members(
-        "thing", "1.0.0", sha256=npm[1], wanted=lambda path: path == "data/wanted", target=target
-    )
+    fetch.npm_members("thing", "1.0.0", sha256=npm[1], wanted=lambda path: path == "data/wanted", target=target)
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert found == {"data/wanted"} | ({"mine"} if there == "other" else set())
     assert [path.name for path in target.parent.iterdir()] == ["thing"]

@@ -18,9 +18,7 @@ Make = Callable[..., Path]
 
 def both(root: Path, **options: object) -> tuple[ImageFolder, ImageFolder]:
     """Train and val at 8 pixels."""
-    return tuple(
-        ImageFolder(split=split, root=str(root), image_size=8, **options) for split in ("train", "val")
-    )
+    return tuple(ImageFolder(split=split, root=str(root), image_size=8, **options) for split in ("train", "val"))
 
 
 def test_flat_folder(picture_folder: Make) -> None:
@@ -76,9 +74,7 @@ def test_copies_stay_on_one_side(picture_folder: Make) -> None:
     for path in sorted(root.glob("*.png")):
         shutil.copy(path, root / f"copy of {path.name}")
     train, val = both(root, val_fraction=0.3)
-    seen = [
-        {image.tobytes() for image in dataset.images[np.arange(len(dataset))]} for dataset in (train, val)
-    ]
+    seen = [{image.tobytes() for image in dataset.images[np.arange(len(dataset))]} for dataset in (train, val)]
     assert not seen[0] & seen[1]
     assert len(val) == 24
 
@@ -127,9 +123,7 @@ def test_changed_file_is_decoded_anew(bare_machine: Path, picture_folder: Make) 
     assert before.numpy()[0].tobytes() not in after
 
 
-def test_no_room_for_the_map(
-    bare_machine: Path, picture_folder: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_for_the_map(bare_machine: Path, picture_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk is said before decoding starts, with both ways out."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(OrnsteinError, match=r"XDG_CACHE_HOME.*storage=lazy"):

@@ -101,9 +101,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(
-        load_image(tmp_path / "a.png", size=SIZE, channels=1)[0], np.asarray(upright)
-    )
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png", size=SIZE, channels=1)[0], np.asarray(upright))
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (40, 20), (20, 41), (7, 90), (200, 133), (3, 3)])

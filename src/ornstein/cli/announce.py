@@ -42,7 +42,8 @@ def announce(
         "images": f"{effective * steps:,} to see in {steps:,} steps, {effective * steps / len(data.train):,.1f} epochs",
         "memory": f"{cost.state_bytes / 1e6:,.0f} MB weights, gradients, moments and averages, "
         f"{cost.activation_bytes / 1e6:,.0f} MB activations",
-        "time": f"about {_duration(seconds)} of training ({1 / cost.step_seconds * data.batch_size:,.0f} images/s)",
+        "time": f"about {_duration(seconds)} of training ({1 / cost.step_seconds * data.batch_size:,.0f} images/s), "
+        "pictures and figures beside it",
     }
     if checkpoint is not None:
         rows["resuming"] = _resuming(checkpoint, steps)

@@ -140,7 +140,8 @@ def _show(report: MetricReport, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report.num_samples} samples, {report.extractor} features, {seconds:.1f} s")
+    print(f"{report.num_samples} samples in the {report.extractor} feature space, {seconds:.1f} s")
+    table = Table()
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in report.values.items():

@@ -6,6 +6,7 @@ its own numbers, and then the pairs are checked. Nothing here imports Lightning.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
@@ -21,6 +22,7 @@ def validate(cfg: DictConfig) -> None:
         OrnsteinError: a combination that cannot train or cannot sample.
     """
     choices = _choices()
+    check_root(cfg, choices)
     fill_facts(cfg)
     check_conditioning(cfg, choices)
     check_codec(cfg, choices)
@@ -42,6 +44,16 @@ def validate(cfg: DictConfig) -> None:
     check_grid(sampler, schedule)
     _check_limits(cfg, schedule, objective)
     _build_optimizer(cfg, choices)
+
+
+def check_root(cfg: DictConfig, choices: dict[str, str]) -> None:
+    """A folder of one's own images must be named, and be there."""
+    if not OmegaConf.select(cfg, "data.dataset._target_", default="").endswith("ImageFolder"):
+        return
+    if cfg.data.root is None:
+        raise OrnsteinError(f"data={choices.get('data', 'image_folder')} needs images: add data.root=FOLDER.")
+    if not Path(str(cfg.data.root)).expanduser().is_dir():
+        raise OrnsteinError(f"data.root={cfg.data.root}: there is no such folder; name one that holds images.")
 
 
 def fill_facts(cfg: DictConfig) -> None:

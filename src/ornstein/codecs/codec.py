@@ -51,9 +51,7 @@ class Identity(Codec):
     def __init__(self, channels: int, size: int | Sequence[int], *, sigma_data: float) -> None:
         super().__init__()
         if not sigma_data > 0:
-            raise OrnsteinError(
-                f"sigma_data is a standard deviation and must be positive, not {sigma_data!r}."
-            )
+            raise OrnsteinError(f"sigma_data is a standard deviation and must be positive, not {sigma_data!r}.")
         self.channels = int(channels)
         self.size = as_size(size)
         self.sigma_data = float(sigma_data)

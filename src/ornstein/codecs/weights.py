@@ -63,9 +63,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except SafetensorError as error:
-        raise OrnsteinError(
-            f"{path} is not a whole safetensors file ({error}); fetch or train it again."
-        ) from error
+        raise OrnsteinError(f"{path} is not a whole safetensors file ({error}); fetch or train it again.") from error
     if FORMAT not in header:
         raise OrnsteinError(
             f"{path} holds no autoencoder of this package (its header lacks {FORMAT!r}); "
@@ -114,9 +112,7 @@ def load_kl(
     }
     for key, value in expected.items():
         if value is not None and value != actual[key]:
-            owner = {"image_channels": "data.channels", "image_size": "data.image_size"}.get(
-                key, f"codec.{key}"
-            )
+            owner = {"image_channels": "data.channels", "image_size": "data.image_size"}.get(key, f"codec.{key}")
             raise OrnsteinError(
                 f"the autoencoder in {path.name} was trained with {key}={actual[key]}, "
                 f"but {owner} is {value}; "
@@ -129,9 +125,7 @@ def load_kl(
             "give other weights (codec.weights=FILE)."
         )
     if sigma_data != 1.0:
-        raise OrnsteinError(
-            f"codec=kl scales its latents to unit variance: codec.sigma_data is 1.0, not {sigma_data}."
-        )
+        raise OrnsteinError(f"codec=kl scales its latents to unit variance: codec.sigma_data is 1.0, not {sigma_data}.")
     model = KLAutoencoder(**config, sample_posterior=sample_posterior)
     if size is not None and as_size(size) != model.size:
         raise OrnsteinError(
@@ -144,7 +138,6 @@ def load_kl(
         model.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         raise OrnsteinError(
-            f"the tensors in {path.name} do not fit the architecture in its own header; "
-            "fetch or train it again."
+            f"the tensors in {path.name} do not fit the architecture in its own header; fetch or train it again."
         ) from error
     return model.eval().requires_grad_(False)

@@ -35,18 +35,14 @@ class ClassLabel(Conditioner):
                 "choose conditioner=none or labelled data."
             )
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise OrnsteinError(
-                f"conditioner.num_classes must be a whole number of at least 1, not {num_classes!r}."
-            )
+            raise OrnsteinError(f"conditioner.num_classes must be a whole number of at least 1, not {num_classes!r}.")
         if not 0.0 <= dropout <= 1.0:
             raise OrnsteinError(f"conditioner.dropout is a probability in [0, 1], not {dropout!r}.")
         self.num_classes = num_classes
         self.dropout = float(dropout)
         self.has_null = self.dropout > 0.0
 
-    def training_cond(
-        self, batch: Mapping[str, Any], *, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def training_cond(self, batch: Mapping[str, Any], *, generator: torch.Generator | None) -> dict[str, Tensor]:
         """``{"label": int64 (B,)}`` from ``batch["label"]``, each dropped with probability ``dropout``.
 
         Draws on the labels' device and reads nothing back. Labels on an accelerator are therefore not

@@ -21,9 +21,7 @@ class Conditioner(nn.Module, ABC):
     has_null: bool
 
     @abstractmethod
-    def training_cond(
-        self, batch: Mapping[str, Any], *, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def training_cond(self, batch: Mapping[str, Any], *, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Conditioning of a training batch, with some of it dropped to the null form.
 
         ``generator`` lives on the device of the batch's tensors and supplies the drops.
@@ -56,9 +54,7 @@ class NoConditioning(Conditioner):
         self.num_classes = None
         self.has_null = False
 
-    def training_cond(
-        self, batch: Mapping[str, Any], *, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def training_cond(self, batch: Mapping[str, Any], *, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Nothing: an unconditional model does not look at the batch's labels."""
         return {}
 

@@ -27,15 +27,11 @@ class Digits(ImageDataset):
         labels: False leaves the labels out.
     """
 
-    def __init__(
-        self, *, split: str, image_size: int = NATIVE_SIZE, channels: int = 1, labels: bool = True
-    ) -> None:
+    def __init__(self, *, split: str, image_size: int = NATIVE_SIZE, channels: int = 1, labels: bool = True) -> None:
         chosen = checked_split(split)
         check_size(image_size, name="digits")
         scans, digits = read_scans()
-        held_out = val_mask(
-            [content_key(scan.tobytes()) for scan in scans], VAL_FRACTION, groups=digits.tolist()
-        )
+        held_out = val_mask([content_key(scan.tobytes()) for scan in scans], VAL_FRACTION, groups=digits.tolist())
         rows = np.flatnonzero(held_out == (chosen == "val"))
         images = np.rint(scans[rows].astype(np.float64) * (255 / 16)).astype(np.uint8)
         super().__init__(

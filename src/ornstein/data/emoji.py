@@ -140,9 +140,7 @@ def read_entries(package: Path, classes: tuple[str, ...]) -> Iterator[Entry]:
             if row["category"] in classes and row["has_img_google"]:
                 yield from _variants(row, package / FOLDER)
     except (KeyError, TypeError, ValueError) as error:
-        raise OrnsteinError(
-            f"{package / TABLE} is not the table of {PACKAGE} {VERSION} ({error!r})"
-        ) from error
+        raise OrnsteinError(f"{package / TABLE} is not the table of {PACKAGE} {VERSION} ({error!r})") from error
 
 
 def _variants(row: dict[str, Any], folder: Path) -> Iterator[Entry]:

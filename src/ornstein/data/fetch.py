@@ -109,9 +109,7 @@ def _stream(url: str, target: Path, *, label: str) -> None:
                 progress.advance(task, len(block))
 
 
-def npm_members(
-    package: str, version: str, *, sha256: str, wanted: Callable[[str], bool], target: Path
-) -> None:
+def npm_members(package: str, version: str, *, sha256: str, wanted: Callable[[str], bool], target: Path) -> None:
     """Unpack the files of an npm package that `wanted(path in package)` picks into `target`, paths kept.
 
     Through `npm pack` where npm is installed (it knows the machine's registry), else from the public

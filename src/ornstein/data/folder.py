@@ -91,9 +91,7 @@ class LazyImages:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Decode the files at `rows`, (B,) or (B, 1...): uint8 (B, C, H, W)."""
         _, channels, size, _ = self.shape
-        decoded = [
-            load_image(self.paths[row], size=size, channels=channels) for row in np.ravel(rows).tolist()
-        ]
+        decoded = [load_image(self.paths[row], size=size, channels=channels) for row in np.ravel(rows).tolist()]
         return np.stack(decoded) if decoded else np.empty((0, *self.shape[1:]), dtype=np.uint8)
 
 
@@ -131,14 +129,10 @@ def _split_files(root: Path, split: Split, val_fraction: float) -> tuple[Path, l
     base = parts.val if split == "val" else parts.train
     paths = list(image_files(base))
     if not paths:
-        raise OrnsteinError(
-            f"{base} holds no images (png, jpg, webp, bmp, gif or tiff): name another data.root"
-        )
+        raise OrnsteinError(f"{base} holds no images (png, jpg, webp, bmp, gif or tiff): name another data.root")
     empty = [path for path in paths if path.stat().st_size == 0]
     if empty:
-        raise OrnsteinError(
-            _unreadable(base, [f"{path.relative_to(base)}: the file is empty" for path in empty])
-        )
+        raise OrnsteinError(_unreadable(base, [f"{path.relative_to(base)}: the file is empty" for path in empty]))
     with ThreadPoolExecutor() as pool:
         keys = list(pool.map(_file_key, paths))
     if parts.given:
@@ -166,9 +160,7 @@ def _labels(base: Path, paths: Sequence[Path], names: Sequence[str]) -> np.ndarr
         )
     unknown = sorted({parts[0] for parts in firsts} - number.keys())
     if unknown:
-        raise OrnsteinError(
-            f"{base} has classes that train has not ({', '.join(unknown[:NAMED])}): remove them"
-        )
+        raise OrnsteinError(f"{base} has classes that train has not ({', '.join(unknown[:NAMED])}): remove them")
     return np.array([number[parts[0]] for parts in firsts], dtype=np.int64)
 
 

@@ -29,9 +29,7 @@ def read_idx(path: Path, *, dims: int) -> np.ndarray:
         except (EOFError, OSError, zlib.error) as error:
             raise OrnsteinError(f"{path} is damaged ({error}): fetch it again") from error
     if len(content) < 4 or content[:2] != b"\0\0":
-        raise OrnsteinError(
-            f"{path} is not an IDX file: its first bytes are {content[:4].hex() or 'missing'}"
-        )
+        raise OrnsteinError(f"{path} is not an IDX file: its first bytes are {content[:4].hex() or 'missing'}")
     kind, axes = content[2], content[3]
     if kind != UINT8 or axes != dims:
         raise OrnsteinError(
@@ -45,9 +43,7 @@ def read_idx(path: Path, *, dims: int) -> np.ndarray:
     promised, found = math.prod(shape), len(content) - head
     if promised != found:
         fault = "is truncated" if found < promised else "is too long"
-        raise OrnsteinError(
-            f"{path} {fault}: its head promises {promised} bytes of data and {found} are there"
-        )
+        raise OrnsteinError(f"{path} {fault}: its head promises {promised} bytes of data and {found} are there")
     # A copy: an array over immutable bytes could not be handed to torch.
     return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape).copy()
 
@@ -65,7 +61,5 @@ def read_pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndar
             "they are not of one data set"
         )
     if len(images) == 0 or images.shape[1] != images.shape[2]:
-        raise OrnsteinError(
-            f"{images_path} holds an array of shape {images.shape}: square images were expected"
-        )
+        raise OrnsteinError(f"{images_path} holds an array of shape {images.shape}: square images were expected")
     return images[:, None], labels.astype(np.int64)

@@ -97,9 +97,7 @@ class IDXDataset(ImageDataset):
         check_size(image_size, name=source.name)
         images, classes = read_pair(*find_files(source, split=chosen, root=root, fetch=download))
         if classes.max() >= len(class_names):
-            raise OrnsteinError(
-                f"{source.name} has label {classes.max()}, beyond its {len(class_names)} classes"
-            )
+            raise OrnsteinError(f"{source.name} has label {classes.max()}, beyond its {len(class_names)} classes")
         super().__init__(
             to_channels(fit_size(images, image_size), channels),
             name=source.name,

@@ -13,9 +13,7 @@ def content_key(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def val_mask(
-    keys: Sequence[bytes], val_fraction: float, *, groups: Sequence[int] | None = None
-) -> np.ndarray:
+def val_mask(keys: Sequence[bytes], val_fraction: float, *, groups: Sequence[int] | None = None) -> np.ndarray:
     """Which items are held out: bool (N,), True for val.
 
     In every group the distinct keys are put in order, and the first `round(val_fraction * number)` of them,

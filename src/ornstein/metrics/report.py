@@ -65,6 +65,7 @@ class MetricReport:
             handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
             with os.fdopen(handle, "w") as file:
                 file.write(text)
+            os.chmod(partial, 0o644)  # mkstemp's files are its owner's alone
             os.replace(partial, path)
         return text
 

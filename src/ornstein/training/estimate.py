@@ -68,9 +68,9 @@ def measure_cost(module: DiffusionModule, batch: dict[str, Any]) -> Cost:
 def forward_flops(module: DiffusionModule) -> int:
     """FLOPs of one forward pass of one sample, 2 a multiply-add."""
     x = torch.zeros(1, *module.latent_shape, device=module.device)
-    cond = {} if module.conditioner.num_classes is None else module.conditioner.null(1, module.device)
-    if module.conditioner.num_classes is not None and not cond:
-        cond = module.conditioner.cond(torch.zeros(1, dtype=torch.int64, device=module.device))
+    conditional = module.conditioner.num_classes is not None
+    label = torch.zeros(1, dtype=torch.int64, device=module.device) if conditional else None
+    cond = module.conditioner.cond(label)
     return int(count_flops(module.network, x, torch.zeros(1, device=module.device), **cond))
 
 
