@@ -24,7 +24,8 @@ OBJECTIVES = ("eps", "x0", "v", "flow", "edm")
 REFUSED = [
     ("data.num_classes=null", "model=class_unet data=digits class-conditional model=pixel_unet conditioner=none"),
     ("model=dit data.num_classes=null", "model=dit data=digits class-conditional model=pixel_unet"),
-    ("model=dit data=image_folder", "model=dit data=image_folder data.num_classes=auto"),
+    ("model=dit data=image_folder data.root=.", "model=dit data=image_folder data.num_classes=auto"),
+    ("model=pixel_unet data=image_folder", "data=image_folder data.root=FOLDER"),
     ("model=pixel_unet guidance=cfg", "guidance=cfg no condition guidance=none model=class_unet"),
     ("conditioner=none guidance=cfg", "guidance=cfg no condition guidance=none"),
     ("guidance=cfg conditioner.dropout=0", "guidance=cfg label dropout guidance=none conditioner.dropout=0.1"),
@@ -63,7 +64,7 @@ REFUSED = [
     ("dynamic_threshold=7", "dynamic_threshold=7 (0, 1]"),
     ("optimizer.lr=-1", "optimizer=adamw learning rate -1"),
     ("lr_schedule.warmup_steps=-1", "lr_schedule warmup_steps=-1"),
-    ("data=image_folder data.root=/nowhere data.num_classes=auto", "data.root=/nowhere folder of images"),
+    ("data=image_folder data.root=/nowhere data.num_classes=auto", "data.root=/nowhere no such folder images"),
 ]
 
 ACCEPTED = [
@@ -77,7 +78,7 @@ ACCEPTED = [
     "data=fashion_mnist",
     "data=fashion_mnist model=dit data.image_size=28",
     "data=emoji",
-    "data=image_folder model=pixel_unet data.root=/somewhere",
+    "data=image_folder model=pixel_unet data.root=.",
     "data.image_size=16 data.channels=3",
     "model=dit model.network.patch_size=1 data.image_size=9",
     "objective=v scheduler=flow sampler=heun",
@@ -147,7 +148,7 @@ OPTIONS = [(group, option) for group in GROUPS for option in options_of(CONF / g
 NEEDS = {
     ("codec", "kl"): ["data.image_size=32"],
     ("conditioner", "none"): ["model=pixel_unet"],
-    ("data", "image_folder"): ["model=pixel_unet", "data.root=/somewhere"],
+    ("data", "image_folder"): ["model=pixel_unet", "data.root=."],
 }
 BUILT_WITHOUT_LIGHTNING = {"codec", "conditioner", "guidance", "objective", "sampler", "scheduler"}
 

@@ -43,7 +43,6 @@ def tiny() -> Callable[..., list[str]]:
             "callbacks.sample_grid.num_samples=4",
             "~callbacks.trajectory",
             "~callbacks.schedule_plot",
-            "~callbacks.progress",
         ]
 
     return overrides

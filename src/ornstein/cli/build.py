@@ -88,13 +88,22 @@ def build_metrics(cfg: DictConfig) -> GenerativeMetrics | None:
 
 
 def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
-    """Lightning's trainer with our checkpoint writer, and logs that a resumed run takes up where they belong."""
+    """Lightning's trainer with our checkpoint writer, and logs that a resumed run takes up where they belong.
+
+    Bars and checkpoints are callbacks of ours or nobody's: Lightning puts none of its own where there is none.
+    """
+    import lightning.pytorch as pl
+
     from ornstein.experiment import AtomicCheckpointIO, ResumableLogs
 
+    if not cfg.trainer.get("enable_progress_bar", True):
+        callbacks = [each for each in callbacks if not isinstance(each, pl.callbacks.ProgressBar)]
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
         logger=loggers,
         callbacks=[ResumableLogs(), *callbacks],
+        enable_progress_bar=any(isinstance(each, pl.callbacks.ProgressBar) for each in callbacks),
+        enable_checkpointing=any(isinstance(each, pl.callbacks.Checkpoint) for each in callbacks),
         plugins=[AtomicCheckpointIO()],
         _convert_="all",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 
@@ -12,6 +13,8 @@ def quiet_libraries() -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING)
         logger.propagate = False
+    # torch's profiler announces its own beginning and end.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Lightning 2.6 still asks torch in a way that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     # Our data is arrays in memory: workers would only slow it down.
