@@ -127,7 +127,7 @@ def score(module: DiffusionModule, cfg: DictConfig, *, pictures: Any = None) -> 
             module,
             sampler=options["sampler"],
             guidance=options["guidance"],
-            weights=str(cfg.weights),
+            weights=str(cfg.weights) if cfg.ema else "model",
             nfe=drawn.nfe,
             seed=int(cfg.seed),
         ),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ornstein.errors import OrnsteinError
 from ornstein.training.callbacks.lookup import callbacks_of
@@ -97,7 +97,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
     def _on_interrupt(self, number: int, frame: Any) -> None:
         self._restore_handler()
         self._interrupted = True
-        rank_zero_info("Stopping after this step, with a checkpoint; press Ctrl-C again to stop at once, without.")
+        rank_zero_warn("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once, without")
 
     def _restore_handler(self) -> None:
         if self._previous_handler is not None:
