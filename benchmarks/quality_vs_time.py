@@ -41,7 +41,7 @@ from hydra.utils import instantiate
 from peers import DIGITS, FASHION_MNIST, BareConfig, BareDiffusersLoop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from scoring import CHANCE, Judge, save_grid
+from scoring import CHANCE, Judge, merged, save_grid
 from torch import Tensor
 
 from ornstein.cli.build import build_data
@@ -368,6 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
     parser.add_argument("--json", metavar="FILE", help="write every figure; again after each training")
     parser.add_argument("--markdown", metavar="FILE", help="write the table for RESULTS.md")
+    parser.add_argument("--merge", nargs="+", metavar="FILE", help="measure nothing: one table from several --json")
     parser.add_argument("--quick", action="store_true", help="one seed, 3 s, few samples: only to see that it runs")
     args = parser.parse_args(argv)
     if args.quick:
@@ -377,11 +378,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.methods = args.methods.split(",") if args.methods else list(known)
     if unknown := [key for key in args.methods if key not in known]:
         parser.error(f"--methods: {', '.join(unknown)} is not among {', '.join(known)}")
-    record = run(args.row, args)
-    show_table(f"{args.row}: medians over seeds, and each seed", HEADER, table(record))
+    record = merged(args.merge) if args.merge else run(args.row, args)
+    show_table(f"{record['row']}: medians over seeds, and each seed", HEADER, table(record))
     for name, met in verdicts(record):
         print(f"{'met    ' if met else 'NOT MET'}  {name}")
-    print(f"grids: {PICTURES}/{args.row}_*.png")
+    print(f"grids: {PICTURES}/{record['row']}_*.png")
     if args.markdown:
         write(args.markdown, summary(record))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,3 +77,21 @@ def save_grid(images: Tensor, num_classes: int, names: Sequence[str] | None, pat
     count = min(columns, len(images) // num_classes)
     rows = images[: count * num_classes].unflatten(0, (count, num_classes)).transpose(0, 1).flatten(0, 1)
     save_png(image_grid(rows, count, row_labels=names), path)
+
+
+def merged(paths: Sequence[str]) -> dict[str, Any]:
+    """One record of the seeds of several, which must have been measured alike.
+
+    Raises:
+        SystemExit: they differ in what decides the figures, or hold a seed twice.
+    """
+    records = [json.loads(Path(path).read_text()) for path in paths]
+    first = records[0]
+    for record in records[1:]:
+        if any(record[key] != first[key] for key in first if key != "outcomes"):
+            raise SystemExit(f"{', '.join(paths)} were not measured alike: measure again, with one --seeds.")
+        first["outcomes"] += record["outcomes"]
+    seeds = [(outcome["method"], outcome["seed"]) for outcome in first["outcomes"]]
+    if len(set(seeds)) < len(seeds):
+        raise SystemExit(f"{', '.join(paths)} hold a seed twice: give --first-seed to the later runs.")
+    return first

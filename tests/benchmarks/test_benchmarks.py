@@ -150,3 +150,14 @@ def test_train_step_says_how_to_install_the_library(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "skipped" in done.stderr
     assert "pip install" in done.stderr
+
+
+def test_seeds_measured_apart_make_one_table(quality: ModuleType, tmp_path: Path) -> None:
+    for name, seed, row in (("a", 0, "digits"), ("b", 1, "digits"), ("c", 1, "fashion_mnist")):
+        (tmp_path / name).write_text(json.dumps(record(row, outcome("bare", seed=seed))))
+    together = quality.merged([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [one["seed"] for one in together["outcomes"]] == [0, 1]
+    with pytest.raises(SystemExit, match="hold a seed twice"):
+        quality.merged([str(tmp_path / "a"), str(tmp_path / "a")])
+    with pytest.raises(SystemExit, match="not measured alike"):
+        quality.merged([str(tmp_path / "a"), str(tmp_path / "c")])
