@@ -20,7 +20,6 @@ PACKAGES = (
     "scikit-learn",
     "pillow",
     "safetensors",
-    "einops",
     "diffusers",
     "transformers",
     "torchvision",
