@@ -1,95 +1,83 @@
-"""Noise schedules against diffusers' tables, closed forms, derivatives and Gaussian algebra."""
+"""What every noise schedule must hold: derivatives, inverse, precision, Gaussian algebra, ends, refusals."""
 
 from __future__ import annotations
 
 import copy
 import math
 import pickle
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from ornstein.diffusion.schedules import EDM, BetaSchedule, Cosine, Flow, Linear, NoiseSchedule, Quadratic, Sigmoid
+from ornstein.diffusion.schedules import (
+    EDM,
+    VE,
+    BetaSchedule,
+    Constant,
+    ContinuousCosine,
+    Cosine,
+    Exponential,
+    Flow,
+    Laplace,
+    LaplaceTable,
+    Linear,
+    NoiseSchedule,
+    Quadratic,
+    ScaledLinear,
+    Sigmoid,
+    SNRSigmoid,
+    SubVP,
+    VDMLearned,
+)
+
+from .tables import SCHEDULES as SHARED
+
+CONFIGS = Path(__file__).parents[2] / "conf" / "scheduler"
+# Every option of conf/scheduler by its name, those of the shared table with it; test_schedule_configs.py checks that
+# none is missing.
+OPTIONS = {name: make for name, make in SHARED.items() if (CONFIGS / f"{name}.yaml").exists()} | {
+    "linear": Linear,
+    "scaled_linear": ScaledLinear,
+    "cosine": Cosine,
+    "cosine_continuous": ContinuousCosine,
+    "quadratic": Quadratic,
+    "sigmoid": Sigmoid,
+    "snr_sigmoid": SNRSigmoid,
+    "exponential": Exponential,
+    "constant": Constant,
+    "laplace": Laplace,
+    "laplace_table": LaplaceTable,
+    "flow": Flow,
+    "edm": EDM,
+    "ve": VE,
+    "sub_vp": SubVP,
+    "vdm_learned": VDMLearned,
+}
+EXPLODING = {"edm", "ve"}  # alpha = 1: zero terminal SNR is refused
+QUICK = OPTIONS | {"vdm_learned": partial(VDMLearned, hidden=32)}
+# What every schedule must hold, plain and with all modifiers at once.
+TABLE = (
+    SHARED
+    | QUICK
+    | {
+        f"{name}-modified": partial(make, shift=2.5, input_scale=0.8, zero_terminal_snr=name not in EXPLODING)
+        for name, make in QUICK.items()
+    }
+)
+
+
+@pytest.fixture(params=TABLE)
+def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
+    return TABLE[request.param]()
+
 
 F64 = torch.float64
 # Centres of cells of the 1000-step tables (their kinks are at i/1000), from data to noise.
 OFF_KINKS = torch.tensor([0.0005, 0.0105, 0.1235, 0.5005, 0.8765, 0.9905, 0.9995], dtype=F64)
-
-DIFFUSERS = [
-    ("linear", lambda: Linear(), {"beta_schedule": "linear"}),
-    ("linear-short", lambda: Linear(beta_end=0.2, num_timesteps=100), {"beta_end": 0.2, "num_train_timesteps": 100}),
-    ("scaled_linear", lambda: Quadratic(), {"beta_schedule": "scaled_linear"}),
-    (
-        "scaled_linear-sd",
-        lambda: Quadratic(beta_start=0.00085, beta_end=0.012),
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-    ),
-    ("sigmoid", lambda: Sigmoid(), {"beta_schedule": "sigmoid"}),
-    ("cosine", lambda: Cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
-    (
-        "squared_time",
-        lambda: Quadratic(form="squared_time"),
-        {"trained_betas": [1e-4 + (0.02 - 1e-4) * (i / 999) ** 2 for i in range(1000)]},
-    ),
-]
-
-
-@pytest.mark.parametrize(("make", "config"), [row[1:] for row in DIFFUSERS], ids=[row[0] for row in DIFFUSERS])
-@pytest.mark.parametrize("peer", ["DDPMScheduler", "DDIMScheduler"])
-def test_tables_meet_diffusers(make, config, peer: str) -> None:
-    import diffusers
-
-    if peer == "DDIMScheduler" and config.get("beta_schedule") == "sigmoid":
-        config = {"trained_betas": diffusers.DDPMScheduler(beta_schedule="sigmoid").betas.tolist()}
-    theirs = getattr(diffusers, peer)(**config).alphas_cumprod.double()
-    schedule = make()
-    steps = len(theirs)
-    t = (torch.arange(steps, dtype=F64) + 1) / steps
-    # Theirs is a float32 product of up to 1000 factors, each 1 - beta rounded by up to 6e-8: 6e-5 in all at worst.
-    # Neighbouring entries differ by at least beta_start = 1e-4 relative, so an index off by one would show.
-    torch.testing.assert_close(schedule.alpha(t) ** 2, theirs, rtol=7e-5, atol=0)
-    torch.testing.assert_close(schedule.sigma(t) ** 2, 1 - theirs, rtol=1e-4, atol=3e-7)
-    # In float64 nothing is lost between the table and the two coefficients.
-    torch.testing.assert_close(schedule.alpha(t) ** 2, schedule.alphas_cumprod(), rtol=1e-12, atol=0)
-
-
-def test_tables_in_float64() -> None:
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=F64)
-    torch.testing.assert_close(Linear().alphas_cumprod(), torch.cumprod(1 - betas, 0), rtol=1e-12, atol=0)
-    # Cosine telescopes to f(i/T)/f(0) until betas are capped at the last step (Nichol & Dhariwal, eq. 17).
-    u = torch.arange(1, 1000, dtype=F64) / 1000
-    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-    torch.testing.assert_close(Cosine().alphas_cumprod()[:-1], f, rtol=1e-9, atol=0)
-
-
-def test_log_alpha_bar_is_linear_between_grid_points() -> None:
-    schedule = Cosine(num_timesteps=10)
-    left, right = (schedule.alpha(t).log() for t in (0.3, 0.4))
-    torch.testing.assert_close(schedule.alpha(0.325).log(), 0.75 * left + 0.25 * right, rtol=1e-12, atol=0)
-
-
-def test_flow_closed_form() -> None:
-    t = torch.linspace(0, 1, 11, dtype=F64)
-    alpha, sigma, d_alpha, d_sigma = Flow().coefficients(t)
-    torch.testing.assert_close(alpha, 1 - t)
-    torch.testing.assert_close(sigma, t)
-    assert (d_alpha == -1).all()
-    assert (d_sigma == 1).all()
-    torch.testing.assert_close(Flow().log_snr(0.25), torch.tensor(2 * math.log(3), dtype=F64))
-    assert Flow().log_snr_range() == (-math.inf, math.inf)
-
-
-def test_edm_is_the_papers_ramp() -> None:
-    schedule = EDM(sigma_min=0.002, sigma_max=80.0, rho=7.0)
-    steps = 18
-    i = torch.arange(steps, dtype=F64)
-    # Karras et al. 2022, eq. 5, written from sigma_max down.
-    paper = (80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    torch.testing.assert_close(schedule.sigma(1 - i / (steps - 1)), paper, rtol=1e-12, atol=0)
-    assert (schedule.alpha(i / steps) == 1).all()
-    lowest, highest = schedule.log_snr_range()
-    assert lowest == pytest.approx(-2 * math.log(80))
-    assert highest == pytest.approx(-2 * math.log(0.002))
 
 
 def test_derivatives_match_autograd_and_finite_differences(schedule: NoiseSchedule) -> None:
@@ -137,8 +125,8 @@ def test_time_clamps_and_ends_are_exact(schedule: NoiseSchedule) -> None:
     assert schedule.time(beyond.float()).isfinite().all()
     least, most = schedule.log_snr_range()
     assert least < most
-    assert float(schedule.log_snr(1.0)) == least
-    assert (float(schedule.alpha(1.0)) == 0) == schedule.zero_terminal_snr
+    assert float(schedule.log_snr(1.0).detach()) == least
+    assert (float(schedule.alpha(1.0).detach()) == 0) == schedule.zero_terminal_snr
 
 
 def test_log_snr_falls_and_flags_hold(schedule: NoiseSchedule) -> None:
@@ -168,10 +156,12 @@ def test_copies_and_casts_do_not_round_tables(schedule: NoiseSchedule) -> None:
     t = torch.linspace(0, 1, 101, dtype=F64)
     before = torch.stack(schedule.coefficients(t))
     schedule.alpha(t.float())  # fills the float32 cache, which must not become the source of later casts
-    others = (copy.deepcopy(schedule).half(), schedule.to(torch.bfloat16), pickle.loads(pickle.dumps(schedule)))
+    others = [copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))]
+    if not list(schedule.parameters()):
+        assert not schedule.state_dict()
+        others += [copy.deepcopy(schedule).half(), schedule.to(torch.bfloat16)]
     for other in others:
         assert torch.equal(torch.stack(other.coefficients(t)), before)
-    assert not schedule.state_dict()
 
 
 def test_cache_filled_in_inference_mode_serves_training() -> None:
@@ -189,6 +179,7 @@ PAIRS = [(0.5, 0.25), (1.0, 0.999), (1.0, 0.5), (0.002, 0.001), (0.8765, 0.1235)
 
 
 @pytest.mark.parametrize(("t", "s"), PAIRS)
+@torch.no_grad()
 def test_transition_is_gaussian_algebra(schedule: NoiseSchedule, t: float, s: float) -> None:
     kernel = schedule.transition(t, s)
     a_t, s_t, a_s, s_s = (
@@ -228,7 +219,8 @@ def test_perturb_takes_numbers_tensors_and_levels(schedule: NoiseSchedule) -> No
     t = torch.tensor([0.1, 0.5, 1.0], dtype=F64)
     batch = schedule.perturb(x0, eps, t)
     for i, time in enumerate(t.tolist()):
-        expected = float(schedule.alpha(time)) * x0[i] + float(schedule.sigma(time)) * eps[i]
+        level = schedule.level(time)
+        expected = level.alpha * x0[i] + level.sigma * eps[i]
         torch.testing.assert_close(batch[i], expected)
         torch.testing.assert_close(schedule.perturb(x0, eps, time)[i], expected)
         torch.testing.assert_close(schedule.perturb(x0, eps, schedule.level(time))[i], expected)
@@ -255,6 +247,26 @@ def test_grid_levels_are_the_levels(schedule: NoiseSchedule) -> None:
         (lambda: EDM(sigma_min=0.0), "edm needs 0 < sigma_min < sigma_max"),
         (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "edm needs 0 < sigma_min < sigma_max"),
         (lambda: EDM(rho=0.0), "rho > 0"),
+        (lambda: Exponential(rate=0.0), "scheduler.rate=0.0 must be positive"),
+        (lambda: Exponential(num_timesteps=0), "num_timesteps=0 must be at least 1"),
+        (lambda: Constant(beta=1.0), "scheduler.beta=1.0 must lie in"),
+        (lambda: Constant(num_timesteps=0), "num_timesteps=0 must be at least 1"),
+        (lambda: LaplaceTable(max_beta=1.5, num_timesteps=0), "num_timesteps=0 must be at least 1"),
+        (lambda: ScaledLinear(beta_start=0.0), "0 < beta_start <= beta_end < 1"),
+        (lambda: VE(sigma_min=0.0), "ve needs 0 < sigma_min < sigma_max"),
+        (lambda: VE(sigma_max=math.inf), "ve needs 0 < sigma_min < sigma_max"),
+        (lambda: SubVP(beta_min=0.0), "sub_vp needs 0 < beta_min <= beta_max"),
+        (lambda: SubVP(beta_min=2.0, beta_max=1.0), "sub_vp needs 0 < beta_min <= beta_max"),
+        (lambda: SNRSigmoid(start=3.0, end=-3.0), "snr_sigmoid needs start < end"),
+        (lambda: SNRSigmoid(tau=0.0), "tau > 0"),
+        (lambda: SNRSigmoid(tau=0.01), "at most 150"),
+        (lambda: SNRSigmoid(gamma_min=0.0), "scheduler.zero_terminal_snr=true"),
+        (lambda: ContinuousCosine(min_log_snr=5.0, max_log_snr=-5.0), "cosine_continuous needs finite min_log_snr <"),
+        (lambda: ContinuousCosine(min_log_snr=-math.inf), "scheduler.zero_terminal_snr=true"),
+        (lambda: Laplace(b=0.0), "laplace needs a finite mu, b > 0"),
+        (lambda: Laplace(limit=31.0), "limit <= 60 b"),
+        (lambda: VDMLearned(min_log_snr=math.nan), "vdm_learned needs finite"),
+        (lambda: VDMLearned(hidden=0), "scheduler.hidden=0 must be at least 1"),
         (lambda: Flow().level(1.5), "time 1.5 is outside"),
         (lambda: Linear().level(-0.1), "time -0.1 is outside"),
         (lambda: Linear().level(math.nan), "time nan is outside"),
@@ -269,3 +281,48 @@ def test_single_step_table() -> None:
     schedule = Linear(num_timesteps=1, beta_start=0.5, beta_end=0.5)
     assert float(schedule.alpha(1.0)) ** 2 == pytest.approx(0.5)
     assert float(schedule.time(schedule.log_snr(0.5))) == pytest.approx(0.5)
+
+
+def test_levels_are_python_floats_in_one_order(schedule: NoiseSchedule) -> None:
+    levels = schedule.levels(torch.linspace(1, 0, 11, dtype=torch.float32))
+    assert all(type(value) is float for level in levels for value in level)
+    assert [level.t for level in levels] == sorted((level.t for level in levels), reverse=True)
+    assert not any(math.isnan(value) for level in levels for value in level)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@torch.no_grad()
+def test_ends_are_numbers(schedule: NoiseSchedule, dtype: torch.dtype) -> None:
+    ends = torch.stack(schedule.coefficients(torch.tensor([0.0, 1.0], dtype=dtype)))
+    assert not ends.isnan().any()
+    assert ends[:, 1].isfinite().all()
+    # At t = 0, sigma of a variance-preserving table leaves 0 like sqrt(t), and nothing else is infinite.
+    assert ends[:3, 0].isfinite().all()
+    assert float(ends[0, 0]) == pytest.approx(1.0, abs=2e-5)  # clean data, up to the cut of log-SNR
+
+
+MILLION = """
+import resource, torch
+from ornstein.diffusion.schedules import *
+torch.set_num_threads(1)
+t = torch.linspace(1, 0, 1_000_001, dtype=torch.float64)
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for make in (Linear, SNRSigmoid, Laplace, EDM, lambda: VDMLearned(hidden=16)):
+    schedule = make(shift=2.0) if isinstance(make, type) else make()
+    with torch.no_grad():
+        assert len(schedule.coefficients(t)) == 4
+tensors = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert len(Linear().levels(t)) == 1_000_001
+levels = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((tensors - start) // 1024, (levels - tensors) // 1024)
+"""
+
+
+def test_million_point_grid() -> None:
+    # A process of its own, since the peak of this one is that of the tests before. A minute would be a hang.
+    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    tensors, levels = map(int, done.stdout.split())
+    # One float64 vector is 8 MiB: some twenty of them at once. The million Levels are 224 bytes each.
+    assert tensors < 256
+    assert levels < 400
