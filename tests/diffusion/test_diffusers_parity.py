@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ornstein.diffusion.denoiser import Denoiser
-from ornstein.diffusion.grids import Discrete, Grid, make_grid
+from ornstein.diffusion.grids import Discrete, Grid, Karras, Shifted, Uniform, make_grid
 from ornstein.diffusion.parameterizations import EDMPreconditioned, Epsilon, Sample, V, Velocity
-from ornstein.diffusion.samplers import DDIM, DDPM, DPMpp2M, Euler, Heun, Sampler, State
+from ornstein.diffusion.prediction import Prediction
+from ornstein.diffusion.samplers import DDIM, DDPM, LCM, DPMpp2M, Euler, EulerAncestral, Heun, Sampler, State
 from ornstein.diffusion.schedules import EDM, BetaSchedule, Cosine, Flow, Level, Linear, NoiseSchedule, Quadratic
 
 # numpy's view of a tensor that diffusers takes of its own table
@@ -297,9 +298,7 @@ def test_edm_euler(monkeypatch: pytest.MonkeyPatch, s_churn: float) -> None:
     scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)
     scheduler.set_timesteps(steps)
     schedule = EDM()
-    # EDM's grid goes on from sigma_min to 0; ours ends at sigma_min, so the clean level is put there by hand.
-    times = torch.linspace(1, 0, steps, dtype=F64)
-    grid = Grid((*schedule.levels(times), Level(0.0, 1.0, 0.0, 0.0, 1.0)))
+    grid = make_grid(Uniform(to_zero=True), schedule, steps)  # EDM's grid goes on from sigma_min to 0
     denoiser = Denoiser(Network(), schedule, EDMPreconditioned(sigma_data=0.5))
     start = draw(0) * 80
     # Churn stays below sigma_max: past it, ours stops at the schedule's end and theirs goes on.
@@ -345,3 +344,151 @@ def test_euler_steps_are_straight_in_sigma_over_alpha(sampler: Sampler) -> None:
         expected = s.alpha * (x / t.alpha + (s.sigma / s.alpha - t.sigma / t.alpha) * denoiser(x, t).eps)
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
         x = ours
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear"])
+def test_euler_ancestral(monkeypatch: pytest.MonkeyPatch, name: str, prediction: str) -> None:
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    schedule, steps = SCHEDULES[name](), 12
+    scheduler = EulerAncestralDiscreteScheduler(
+        beta_schedule=name,
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type=prediction,
+        timestep_spacing="leading",
+    )
+    with_our_table(scheduler, schedule).set_timesteps(steps)
+    denoiser = Denoiser(Network(), schedule, PREDICTIONS[prediction]())
+    grid = their_grid(schedule, scheduler.timesteps)
+    start = draw(0)
+    ours = sigma_space(walk(EulerAncestral(steps=steps), denoiser, grid, start), grid)
+    patch_noise(monkeypatch, "scheduling_euler_ancestral_discrete")
+    x, theirs = (start / grid[0].alpha).float(), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoiser.network(scheduler.scale_model_input(x, t), at(t)), t, x).prev_sample
+        theirs.append(x)
+    # Their samples are float32 and start at sigma = 150.
+    assert_paths_meet(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ddpm_learned_variance(monkeypatch: pytest.MonkeyPatch, name: str, steps: int) -> None:
+    from diffusers import DDPMScheduler
+
+    schedule = SCHEDULES[name]()
+    scheduler = DDPMScheduler(beta_schedule=name, variance_type="learned_range", clip_sample=False)
+    with_our_table(scheduler, schedule).set_timesteps(steps)
+    network = Network()
+
+    def between(x: Tensor, index: Tensor | float) -> Tensor:
+        return torch.sin(3 * x + float(index) / 100)  # diffusers' convention: -1 is the posterior's, 1 the kernel's
+
+    class Learned(Denoiser):
+        def predict(self, x_t: Tensor, t, *, again: bool = False) -> Prediction:
+            level = t if isinstance(t, Level) else self.schedule.level(t)
+            fraction = (between(x_t, round(1000 * level.t) - 1) + 1) / 2
+            return Prediction(x_t, level, eps=self.output(x_t, level), variance_fraction=fraction)
+
+    grid = their_grid(schedule, scheduler.timesteps)
+    sampler, denoiser = DDPM(steps=steps, variance="learned"), Learned(network, schedule, Epsilon())
+    # Of the full grid the first and the last steps will do: what is special lies there.
+    shown = [*range(min(steps, 4)), *range(max(4, steps - 5), steps)]
+    count = iter(i + 1 for i in shown)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: noises(next(count)).to(k["dtype"])
+    )
+    for i in shown:
+        x, t = draw(i), scheduler.timesteps[i]
+        ours = sampler.step(denoiser, State(x, grid, noises), i).x
+        output = torch.cat([network(x, at(t)), between(x, float(t))], dim=1)
+        theirs = scheduler.step(output, t, x).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_lcm(monkeypatch: pytest.MonkeyPatch, prediction: str, steps: int) -> None:
+    from diffusers import LCMScheduler
+
+    schedule, network, x = Quadratic(beta_start=0.00085, beta_end=0.012), Network(), draw(0)
+    scheduler = LCMScheduler(prediction_type=prediction, clip_sample=False)
+    with_our_table(scheduler, schedule).set_timesteps(steps)
+    grid = their_grid(schedule, scheduler.timesteps)
+    ours = walk(LCM(steps=steps, boundary=True), Denoiser(network, schedule, PREDICTIONS[prediction]()), grid, x)
+    patch_noise(monkeypatch, "scheduling_lcm")
+    theirs = []
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, at(t)), t, x).prev_sample
+        theirs.append(x)
+    assert_paths_meet(ours, theirs, 1e-6)  # their scalings come from a float32 time step
+
+
+@pytest.mark.parametrize("steps", [3, 8, 20])
+def test_edm_dpm_solver(steps: int) -> None:
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    scheduler = EDMDPMSolverMultistepScheduler()
+    scheduler.set_timesteps(steps)
+    schedule = EDM()
+    grid = make_grid(Karras(to_zero=True), schedule, steps)
+    denoiser = Denoiser(Network(), schedule, EDMPreconditioned(sigma_data=0.5))
+    start = draw(0) * 80
+    # Their second order second-to-last step falls to first in short runs, and the last always does.
+    ours = walk(DPMpp2M(steps=steps), denoiser, grid, start)
+    x, theirs = start.float(), []
+    for i, t in enumerate(scheduler.timesteps):
+        output = denoiser.output(x.double(), grid[i])
+        x = scheduler.step(output.float(), t, x).prev_sample
+        theirs.append(x)
+    assert_paths_meet(ours, theirs, 3e-5)  # theirs is float32 and starts at size 80
+
+
+@pytest.mark.parametrize("steps", [1, 4, 15])
+def test_edm_heun_ends_at_zero_as_the_paper_does(steps: int) -> None:
+    # Karras et al. 2022, algorithm 1, written out.
+    schedule = EDM()
+    denoiser = Denoiser(Network(), schedule, EDMPreconditioned(sigma_data=0.5))
+    x = start = draw(0) * 80
+    ours = walk(Heun(steps=steps), denoiser, make_grid(Uniform(to_zero=True), schedule, steps), start)
+    ramp = torch.linspace(0, 1, steps, dtype=F64) if steps > 1 else torch.zeros(1, dtype=F64)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    sigmas = [*((high + ramp * (low - high)) ** 7).tolist(), 0.0]
+    for i in range(steps):
+        t, s = sigmas[i], sigmas[i + 1]
+        slope = (x - denoiser(x, Level(0.0, 1.0, t, 0.0, 1.0)).x0) / t
+        euler = x + (s - t) * slope
+        if s > 0:
+            other = (euler - denoiser(euler, Level(0.0, 1.0, s, 0.0, 1.0)).x0) / s
+            euler = x + (s - t) * 0.5 * (slope + other)
+        x = euler
+        # The noise conditioning is float32.
+        torch.testing.assert_close(ours[i], x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["euler", "heun"])
+def test_flow_match_on_shifted_grids(kind: str, shift: float) -> None:
+    import diffusers
+
+    steps = 10
+    if kind == "euler":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+        grid = make_grid(Shifted(shift=shift), Flow(), steps)
+    else:
+        # Its Heun takes no sigmas and ends a step before data: its own levels are used.
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(steps)
+        grid = Grid(Flow().levels(scheduler.sigmas.double().unique().flip(0)))
+    sampler = Euler(steps=steps) if kind == "euler" else Heun(steps=steps)
+    denoiser, start = Denoiser(Network(), Flow(), Velocity()), draw(0)
+    ours = walk(sampler, denoiser, grid, start)
+    x, theirs = start.float(), []
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(denoiser.network(x, t.expand(SHAPE[0])), t, x).prev_sample
+        if kind == "euler" or i % 2 == 1 or i + 1 == len(scheduler.timesteps):
+            theirs.append(x)
+    assert_paths_meet(ours, theirs, 1e-5)  # theirs is float32

@@ -273,7 +273,7 @@ class Rising:
         (lambda: DDIM(steps=0), "sampler.steps=0: a sampler needs at least 1 step"),
         (lambda: DDIM(eta=-0.1), r"sampler.eta=-0.1 must lie in \[0, 1\]"),
         (lambda: DDIM(eta=1.1), r"sampler.eta=1.1 must lie in \[0, 1\]"),
-        (lambda: DDPM(variance="learned"), "sampler.variance='learned' is unknown: choose one of fixed_small"),
+        (lambda: DDPM(variance="wide"), "sampler.variance='wide' is unknown: choose one of fixed_small"),
         (lambda: Heun(coordinate="time"), "coordinate='time' is unknown: choose one of path, sigma"),
         (lambda: Euler(s_churn=-1.0), "s_churn=-1.0 and s_noise=1.0 must not be negative"),
         (lambda: Discrete(spacing="even"), "spacing 'even' is unknown: choose one of leading, trailing, linspace"),

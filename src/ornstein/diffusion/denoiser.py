@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -18,7 +18,9 @@ class Denoise(Protocol):
     """What samplers call: anything that turns (x_t, level) into a prediction on a known schedule.
 
     Attributes:
-        cost: network evaluations per sample that one call takes.
+        cost: network evaluations per sample that the latest call took (an interval's guidance spends more inside it);
+            before the first call, the most that one can take. Levels that differ by sample count every branch.
+        renoises: predictions carry a renoising direction of their own (CFG++), which the sampler must honour.
     """
 
     @property
@@ -27,7 +29,24 @@ class Denoise(Protocol):
     @property
     def cost(self) -> int: ...
 
-    def __call__(self, x_t: Tensor, t: Scalar | Level) -> Prediction: ...
+    @property
+    def renoises(self) -> bool: ...
+
+    def start(self) -> Denoise:
+        """The denoiser for a new trajectory: what keeps momentum over the steps begins with none."""
+        ...
+
+    def __call__(self, x_t: Tensor, t: Scalar | Level, *, again: bool = False) -> Prediction:
+        """The prediction for x_t at t; ``again`` says that this is not the step's first call (Heun's second)."""
+        ...
+
+    def predict(self, x_t: Tensor, t: Scalar | Level, *, again: bool = False) -> Prediction:
+        """The same before :meth:`clip`: whoever wraps a denoiser changes this, then clips once."""
+        ...
+
+    def clip(self, prediction: Prediction) -> Prediction:
+        """``clip_x0`` and ``dynamic_threshold`` of the innermost denoiser, as far as they are on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,15 @@ class Denoiser:
         if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold <= 1:
             raise ValueError(f"dynamic_threshold={self.dynamic_threshold} must lie in (0, 1], or be null for off.")
 
+    @property
+    def renoises(self) -> bool:
+        """A network alone has no renoising direction of its own."""
+        return False
+
+    def start(self) -> Denoise:
+        """Itself: nothing is kept from call to call."""
+        return self
+
     def bind(self, cond: Mapping[str, Tensor]) -> Denoiser:
         """The same denoiser with this batch's conditioning."""
         return replace(self, cond=cond)
@@ -77,11 +105,11 @@ class Denoiser:
             noise_cond = torch.full((x_t.shape[0],), cond, device=x_t.device)
         return self.network(self.parameterization.scale_input(x_t, level), noise_cond, **self.cond).to(x_t.dtype)
 
-    def __call__(self, x_t: Tensor, t: Scalar | Level) -> Prediction:
+    def __call__(self, x_t: Tensor, t: Scalar | Level, *, again: bool = False) -> Prediction:
         """The prediction for x_t (B, *shape) at a number, a (B,) tensor of times, or a level."""
         return self.clip(self.predict(x_t, t))
 
-    def predict(self, x_t: Tensor, t: Scalar | Level) -> Prediction:
+    def predict(self, x_t: Tensor, t: Scalar | Level, *, again: bool = False) -> Prediction:
         """What the network says, before clipping: guidance mixes these, then clips the mixture once."""
         level = t if isinstance(t, Level) else self.schedule.level(t, x_t.ndim)
         return self.parameterization.predict(self.output(x_t, level), x_t, level)
@@ -118,7 +146,23 @@ class Rescheduled:
     def cost(self) -> int:
         return self.denoiser.cost
 
-    def __call__(self, x_t: Tensor, t: Scalar | Level) -> Prediction:
+    @property
+    def renoises(self) -> bool:
+        return self.denoiser.renoises
+
+    def start(self) -> Denoise:
+        return Rescheduled(self.denoiser.start(), self.schedule)
+
+    def clip(self, prediction: Prediction) -> Prediction:
+        return self.denoiser.clip(prediction)
+
+    def __call__(self, x_t: Tensor, t: Scalar | Level, *, again: bool = False) -> Prediction:
+        return self._rescaled(self.denoiser.__call__, x_t, t, again)
+
+    def predict(self, x_t: Tensor, t: Scalar | Level, *, again: bool = False) -> Prediction:
+        return self._rescaled(self.denoiser.predict, x_t, t, again)
+
+    def _rescaled(self, call: Callable[..., Prediction], x_t: Tensor, t: Scalar | Level, again: bool) -> Prediction:
         level = t if isinstance(t, Level) else self.schedule.level(t, x_t.ndim)
         alpha, sigma = (torch.as_tensor(v, dtype=torch.float64) for v in (level.alpha, level.sigma))
         own_time = self.denoiser.schedule.time(2 * (torch.log(alpha) - torch.log(sigma)))
@@ -128,5 +172,7 @@ class Rescheduled:
         if isinstance(ratio, Tensor):
             own = Level(*(torch.as_tensor(v).to(x_t) for v in own))
             ratio = ratio.to(x_t)
-        inner = self.denoiser(x_t * ratio, own)
-        return Prediction(x_t, level, x0=inner.x0)
+        inner = call(x_t * ratio, own, again=again)
+        # x0 and the noise are the same on both schedules; only x_t is scaled.
+        renoise = inner.renoise_eps if self.renoises else None
+        return Prediction(x_t, level, x0=inner.x0, variance_fraction=inner.variance_fraction, renoise_eps=renoise)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
     """Philox-4x32-10, vectorised.
 
     Args:
@@ -29,23 +29,22 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
         key: two integers in [0, 2**32).
 
     Returns:
-        Four int64 tensors of the broadcast shape, values uniform in [0, 2**32).
+        (4, *broadcast shape) int64, values uniform in [0, 2**32).
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    # Both lanes of a round in one tensor: on small draws, the number of operations is the whole cost.
+    even, odd = torch.stack([c0, c2]), torch.stack([c1, c3])
+    lane = (-1, 2, *([1] * c0.ndim))
+    multipliers = torch.tensor(_MULTIPLIERS, device=c0.device).reshape(lane[1:])
+    keys = torch.tensor([[(k + i * w) & _MASK for k, w in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)])
+    keys = keys.to(c0.device).reshape(lane)
+    for i in range(_ROUNDS):
         # The product wraps in int64; its 64 bits are still those of the unsigned product, so masks recover both halves.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+        crossed = (even * multipliers).flip(0)
+        even, odd = ((crossed >> 32) & _MASK) ^ odd ^ keys[i], crossed & _MASK
+    return torch.stack([even[0], odd[0], even[1], odd[1]])
 
 
 @dataclass(frozen=True)
@@ -78,36 +77,55 @@ class NoiseSource:
             (B, *shape) float32 on the device of ``index``. The Box-Muller transform runs in float64, so that devices
             whose float32 logarithm or cosine differ in the last bit still agree after rounding.
         """
+        steps = torch.full((1,), step, dtype=torch.int64, device=index.device)
+        return self.noises(index, steps, draw, shape=shape)[0].float()
+
+    def noises(self, index: Tensor, steps: Tensor, draw: int = 0, *, shape: Sequence[int]) -> Tensor:
+        """The values of several steps (N,) int64 at once, (N, B, *shape) float64: each as :meth:`noise` rounds it."""
         size = math.prod(shape)
         blocks = -(-size // 4)
-        element = torch.arange(blocks, device=index.device, dtype=torch.int64)[None, :]
-        sample = index.to(torch.int64)[:, None]
-        zero = torch.zeros((), dtype=torch.int64, device=index.device)
-        key = (self.seed & _MASK, self.seed >> 32)
-        bits = philox((element, sample, zero + step, zero + draw), key)
-        u = [(b.double() + 0.5) * 2.0**-32 for b in bits]
-        normals: list[Tensor] = []
-        for first, second in ((u[0], u[1]), (u[2], u[3])):
-            radius, angle = torch.sqrt(-2.0 * torch.log(first)), 2.0 * math.pi * second
-            normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
-        flat = torch.stack(normals, dim=-1).reshape(index.shape[0], blocks * 4)[:, :size]
-        return flat.reshape(index.shape[0], *shape).float()
+        element = torch.arange(blocks, device=index.device, dtype=torch.int64)[None, None, :]
+        sample = index.to(torch.int64)[None, :, None]
+        which = torch.full((), draw, dtype=torch.int64, device=index.device)
+        bits = philox((element, sample, steps[:, None, None], which), (self.seed & _MASK, self.seed >> 32))
+        u = (bits.double() + 0.5) * 2.0**-32
+        radius, angle = torch.sqrt(-2.0 * torch.log(u[0::2])), 2.0 * math.pi * u[1::2]
+        normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1).flatten(0, 1)
+        flat = normals.movedim(0, -1).reshape(len(steps), len(index), blocks * 4)[..., :size]
+        return flat.reshape(len(steps), len(index), *shape)
 
     def bind(self, index: Tensor, shape: Sequence[int]) -> SampleNoise:
         """The noise of one batch of samples, as samplers take it."""
         return SampleNoise(self, index, tuple(shape))
 
 
+_AHEAD = 2**20  # values that may be drawn ahead of need: 4 MiB
+
+
 @dataclass(frozen=True)
 class SampleNoise:
-    """A :class:`NoiseSource` bound to a batch: ``noise(step, draw) -> (B, *shape)`` float32."""
+    """A :class:`NoiseSource` bound to a batch: ``noise(step, draw) -> (B, *shape)`` float32.
+
+    A sampler that asks for step after step is given them from blocks drawn ahead, each twice the last, because a draw
+    costs about the same for one small step as for fifty. What is drawn ahead changes no value.
+    """
 
     source: NoiseSource
     index: Tensor
     shape: tuple[int, ...]
+    _ahead: dict[int, tuple[int, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, step: int, draw: int = 0) -> Tensor:
-        return self.source.noise(self.index, step, draw, shape=self.shape)
+        first, block = self._ahead.get(draw, (0, None))
+        if block is not None and first <= step < first + len(block):
+            return block[step - first]
+        goes_on = block is not None and step == first + len(block)
+        most = max(1, _AHEAD // max(1, len(self.index) * math.prod(self.shape)))
+        count = min(2 * len(block), most) if goes_on and block is not None else 1
+        steps = torch.arange(step, step + count, device=self.index.device)
+        block = self.source.noises(self.index, steps, draw, shape=self.shape).float()
+        self._ahead[draw] = (step, block)
+        return block[0]
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -13,6 +13,7 @@ from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import Grid, GridRule, Uniform, make_grid
 from ornstein.diffusion.noise import SampleNoise
 from ornstein.diffusion.prediction import Prediction
+from ornstein.diffusion.schedules import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class State:
         grid: the whole grid, so that last steps may lower their order.
         noise: the batch's counter-based noise.
         history: what a multistep method keeps, newest first.
-        nfe: network evaluations per sample so far.
+        nfe: network evaluations per sample so far; the most of any sample, where they differ.
+        nfe_each: (B,) int64 evaluations of each sample, where an adaptive solver spends them unequally.
         prediction: the newest prediction, for whoever watches.
     """
 
@@ -33,6 +35,7 @@ class State:
     noise: SampleNoise
     history: tuple[Tensor, ...] = ()
     nfe: int = 0
+    nfe_each: Tensor | None = None
     prediction: Prediction | None = None
 
     def advance(
@@ -51,18 +54,46 @@ class Sampler(ABC):
 
     Attributes:
         order: order of convergence in the step size, None where a sampler is stochastic.
+        renoises: its steps renoise with ``Prediction.renoise_eps``, as CFG++ needs; others refuse such a denoiser.
 
     Raises:
         ValueError: steps < 1.
     """
 
-    order: int | None = None  # a subclass may set it by instance, where an option makes it stochastic
+    order: int | None = None  # of convergence; a subclass may set it by instance, where an option makes it stochastic
+    renoises: bool = False
 
     def __init__(self, *, steps: int = 50, grid: GridRule | None = None) -> None:
         if steps < 1:
             raise ValueError(f"sampler.steps={steps}: a sampler needs at least 1 step.")
         self.steps = steps
         self.rule: GridRule = grid if grid is not None else Uniform()
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw fresh noise, which is right only where the noise that was trained on is independent."""
+        return self.order is None
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Refuses a schedule that this sampler cannot run on, before anything is trained or drawn.
+
+        Raises:
+            ValueError: the grid cannot be laid on the schedule, or the sampler has no meaning there.
+        """
+        make_grid(self.rule, schedule, self.steps)
+
+    def begin(self, denoise: Denoise) -> Denoise:
+        """The denoiser for a new trajectory.
+
+        Raises:
+            ValueError: it renoises in a direction of its own, which this sampler's step cannot honour.
+        """
+        if denoise.renoises and not self.renoises:
+            raise ValueError(
+                f"{type(self).__name__} cannot renoise as guidance=cfgpp asks: choose sampler=ddim, euler or ddpm, "
+                "or guidance=cfg."
+            )
+        return denoise.start()
 
     def init(self, grid: Grid, noise: SampleNoise) -> State:
         """Pure noise at the grid's first level: x = sigma * noise(0), as if its signal were 0 (alpha_1 is about 0)."""
@@ -83,6 +114,7 @@ class Sampler(ABC):
             noise: the batch's noise; says batch size, shape and device.
             watch: called with (i, state) after each step.
         """
+        denoise = self.begin(denoise)
         grid = make_grid(self.rule, denoise.schedule, self.steps)
         state = self.init(grid, noise)
         for i in range(grid.steps):

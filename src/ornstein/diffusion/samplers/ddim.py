@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import GridRule
+from ornstein.diffusion.prediction import combine
 from ornstein.diffusion.samplers.base import Sampler, State
 from ornstein.diffusion.schedules import transition_between
 
@@ -15,11 +16,20 @@ class DDIM(Sampler):
         x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - \eta^2 \tilde\sigma^2}\, \hat\epsilon + \eta \tilde\sigma z,
         \qquad \tilde\sigma^2 = \mathrm{Var}\, q(x_s | x_t, x_0)
 
-    Order 1 at eta = 0, one evaluation a step. Source: Song et al. 2021 (arXiv 2010.02502), eqs. 12 and 16.
+    Order 1 at eta = 0, one evaluation a step.
+    Source: Song et al. 2021 (arXiv 2010.02502), eqs. 12 and 16.
+    When: a first choice, deterministic and robust; few steps with eta = 0, many with eta = 1.
+
+    Args:
+        steps: number of steps.
+        eta: share of fresh noise, in [0, 1].
+        grid: the rule that places the steps.
 
     Raises:
         ValueError: eta is negative or exceeds 1 (the square root would then turn imaginary).
     """
+
+    renoises = True
 
     def __init__(self, *, steps: int = 50, eta: float = 0.0, grid: GridRule | None = None) -> None:
         super().__init__(steps=steps, grid=grid)
@@ -32,9 +42,9 @@ class DDIM(Sampler):
         t, s = state.grid[i], state.grid[i + 1]
         p = denoise(state.x, t)
         if self.eta == 0.0:
-            return state.advance(s.alpha * p.x0 + s.sigma * p.eps, nfe=denoise.cost, prediction=p)
+            return state.advance(combine(s.alpha, p.x0, s.sigma, p.renoise_eps), nfe=denoise.cost, prediction=p)
         fresh = self.eta**2 * transition_between(t, s).variance
-        x = s.alpha * p.x0 + max(s.sigma**2 - fresh, 0.0) ** 0.5 * p.eps
+        x = combine(s.alpha, p.x0, max(s.sigma**2 - fresh, 0.0) ** 0.5, p.renoise_eps)
         if fresh > 0:
-            x = x + fresh**0.5 * state.noise(i + 1)
+            x = combine(1.0, x, fresh**0.5, state.noise(i + 1))
         return state.advance(x, nfe=denoise.cost, prediction=p)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import GridRule
-from ornstein.diffusion.prediction import Prediction
+from ornstein.diffusion.prediction import Prediction, combine
 from ornstein.diffusion.samplers.base import Sampler, State
 from ornstein.diffusion.schedules import Level
 
@@ -21,7 +21,10 @@ class Euler(Sampler):
 
     On flow this is FlowMatchEuler, on edm it is algorithm 2 of Karras et al. 2022 (arXiv 2206.00364) without its
     correction. Because x_t = alpha x0 + sigma eps, an Euler step ends at alpha_s x0 + sigma_s eps in whichever
-    coordinate it is taken, which is DDIM's step at eta = 0. Order 1 without churn, one evaluation a step.
+    coordinate it is taken, which is DDIM's step at eta = 0. Order 1 without churn, one evaluation a step. A grid with
+    ``to_zero`` takes edm's last step to sigma = 0, as the paper's algorithm does.
+    Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 2; Esser et al. 2024 (arXiv 2403.03206) on flow.
+    When: flow models, or EDM's churn at one evaluation a step.
 
     Args:
         steps: number of steps.
@@ -36,6 +39,7 @@ class Euler(Sampler):
     """
 
     order: int | None = 1
+    renoises = True
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class Euler(Sampler):
         x, t = self.churn(denoise, state, i)
         s = state.grid[i + 1]
         p = denoise(x, t)
-        return state.advance(s.alpha * p.x0 + s.sigma * p.eps, nfe=denoise.cost, prediction=p)
+        return state.advance(combine(s.alpha, p.x0, s.sigma, p.renoise_eps), nfe=denoise.cost, prediction=p)
 
 
 class Heun(Euler):
@@ -90,9 +94,24 @@ class Heun(Euler):
     schedule, as k-diffusion and diffusers do; where alpha comes close to 0 (cosine) it overshoots on a grid uniform in
     t, whose first step spans most of that ratio, and wants the karras grid. Order 2 without churn, two evaluations a
     step except where the step ends at sigma = 0, which stays Euler.
+    Source: Karras et al. 2022 (arXiv 2206.00364), algorithms 1 and 2.
+    When: EDM models, and accuracy at 20 to 50 evaluations.
+
+    Args:
+        steps: number of steps.
+        s_churn: how much fresh noise is added over the whole trajectory; 0 is deterministic.
+        s_tmin: churn only where sigma/alpha is at least this.
+        s_tmax: churn only where sigma/alpha is at most this.
+        s_noise: scale of the fresh noise.
+        coordinate: path or sigma.
+        grid: the rule that places the steps.
+
+    Raises:
+        ValueError: s_churn or s_noise is negative, or an unknown coordinate.
     """
 
     order: int | None = 2
+    renoises = False
 
     def __init__(
         self,
@@ -114,19 +133,23 @@ class Heun(Euler):
         x, t = self.churn(denoise, state, i)
         s = state.grid[i + 1]
         first = denoise(x, t)
-        euler = s.alpha * first.x0 + s.sigma * first.eps
+        euler = combine(s.alpha, first.x0, s.sigma, first.eps)
         if s.sigma == 0.0:
             return state.advance(euler, nfe=denoise.cost, prediction=first)
-        second = denoise(euler, s)
+        nfe = denoise.cost
+        second = denoise(euler, s, again=True)
         corrected = self._trapezoid(x, t, s, first, second)
-        return state.advance(corrected, nfe=2 * denoise.cost, prediction=second)
+        return state.advance(corrected, nfe=nfe + denoise.cost, prediction=second)
 
     def _trapezoid(self, x: Tensor, t: Level, s: Level, first: Prediction, second: Prediction) -> Tensor:
-        eps = 0.5 * (first.eps + second.eps)
+        eps = first.eps + second.eps
         # At alpha = 0 the ratio sigma/alpha is infinite, and only the path form has a value.
         if self.coordinate == "sigma" and t.alpha > 0:
-            return (s.alpha / t.alpha) * x + (s.sigma - s.alpha * t.sigma / t.alpha) * eps
-        return x + (s.alpha - t.alpha) * 0.5 * (first.x0 + second.x0) + (s.sigma - t.sigma) * eps
+            return combine(s.alpha / t.alpha, x, 0.5 * (s.sigma - s.alpha * t.sigma / t.alpha), eps)
+        moved = combine(1.0, x, 0.5 * (s.sigma - t.sigma), eps)
+        if s.alpha == t.alpha:
+            return moved
+        return combine(1.0, moved, 0.5 * (s.alpha - t.alpha), first.x0 + second.x0)
 
 
 def _log_snr(ratio: float) -> Tensor:
