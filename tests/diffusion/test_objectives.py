@@ -11,11 +11,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ornstein.diffusion.denoiser import Denoiser
-from ornstein.diffusion.densities import DiscreteUniformTime, LogitNormalTime, LogNormalSigma, TimeDensity, UniformTime
-from ornstein.diffusion.distances import L1, L2, Huber
+from ornstein.diffusion.densities import (
+    DiscreteUniformTime,
+    LogitNormalTime,
+    LogNormalSigma,
+    LossAdaptiveTime,
+    ModeTime,
+    TimeDensity,
+    UniformTime,
+)
+from ornstein.diffusion.distances import L1, L2, Huber, PseudoHuber, SmoothL1
 from ornstein.diffusion.objectives import Objective, TrainingNoise
-from ornstein.diffusion.parameterizations import EDMPreconditioned, Epsilon, Parameterization, Sample, V, Velocity
+from ornstein.diffusion.parameterizations import (
+    EDMPreconditioned,
+    Epsilon,
+    Parameterization,
+    Sample,
+    Score,
+    V,
+    Velocity,
+)
 from ornstein.diffusion.schedules import EDM, Cosine, Flow, Level, Linear, NoiseSchedule
+from ornstein.diffusion.weightings import ELBO, P2, SNR, EDMLambda, MinSNR, PerLogSNR, Sigmoid, Simple, Weighting
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -69,9 +86,15 @@ PAIRINGS = list(itertools.combinations(["eps", "x0", "v", "flow", "edm"], 2))
 KINDS = {"eps": Epsilon, "x0": Sample, "v": V, "flow": Velocity, "edm": EDMPreconditioned}
 
 
-def gradient(parameterization: Parameterization, schedule: NoiseSchedule, density: TimeDensity, size: int) -> Tensor:
+def gradient(
+    parameterization: Parameterization,
+    schedule: NoiseSchedule,
+    density: TimeDensity,
+    size: int,
+    weighting: Weighting | None = None,
+) -> Tensor:
     basis = Basis()
-    objective = Objective(parameterization, density)
+    objective = Objective(parameterization, density, weighting=weighting)
     x0 = torch.zeros(size, 1)
     objective(BiasedOracle(basis, schedule, parameterization), x0, {}, training_noise()).loss.backward()
     assert basis.c.grad is not None
@@ -107,6 +130,90 @@ def test_edm_at_unit_sigma_data_and_v_are_the_same_objective(size: int) -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
 
+class FlowMatching(PerLogSNR):
+    """Uniform times on flow, as a weight on eps (Kingma & Gao 2023, table 1)."""
+
+    def on_eps(self, log_snr: Tensor) -> Tensor:
+        return 0.5 * torch.exp(-0.5 * log_snr)
+
+
+EDM_SCHEDULES, VP = [Linear, Cosine, Flow, EDM], [Linear, Cosine]
+# The same weight on x0 at every draw, said in two ways.
+MATCHED = {
+    "eps is x0 by snr": ((Epsilon(), None), (Sample(), SNR()), EDM_SCHEDULES),
+    "score by sigma^2 is eps": ((Score(), SNR()), (Epsilon(), Simple()), EDM_SCHEDULES),
+    "v is x0 by snr + 1": ((V(), None), (Sample(), EDMLambda(sigma_data=1.0)), VP),
+    "edm's F is x0 by its lambda": ((EDMPreconditioned(), None), (Sample(), EDMLambda()), EDM_SCHEDULES),
+    "edm's F is eps by its lambda": ((EDMPreconditioned(), None), (Epsilon(), EDMLambda()), EDM_SCHEDULES),
+    "min_snr of eps and v": ((Epsilon(), MinSNR()), (V(), MinSNR()), EDM_SCHEDULES),
+    "min_snr of x0 and flow": ((Sample(), MinSNR()), (Velocity(), MinSNR()), EDM_SCHEDULES),
+    "p2 of eps and edm": ((Epsilon(), P2()), (EDMPreconditioned(), P2()), EDM_SCHEDULES),
+    "flow matching per log-snr": ((Velocity(), None), (V(), FlowMatching()), [Flow]),
+}
+
+
+@pytest.mark.parametrize(("name", "on"), [(name, on) for name, row in MATCHED.items() for on in row[2]])
+def test_matched_weightings_have_equal_gradients_draw_by_draw(name: str, on) -> None:
+    first, second, _ = MATCHED[name]
+    # Times away from the ends, where an oracle's eps loses its digits in float32.
+    density = FixedTimes(torch.ones_like)
+    if name.startswith("flow matching"):
+        density.density = UniformTime(t_min=0.0).density
+    grads = [gradient(p, on(), density, 256, weighting) for p, weighting in (first, second)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5 * float(grads[0].abs().max()))
+
+
+@pytest.mark.parametrize("weighting", [ELBO(), Sigmoid()], ids=["elbo", "sigmoid"])
+@pytest.mark.parametrize("on", [Cosine, Flow])
+def test_density_is_importance_sampling_for_weights_per_log_snr(on, weighting: Weighting) -> None:
+    # Different densities, parameterizations and weights with the same product: equal expected gradients.
+    densities: list[TimeDensity] = [UniformTime(), LogitNormalTime(std=1.5), ModeTime(), LossAdaptiveTime()]
+    grads = [
+        gradient(p, on(), density, 30_000, weighting)
+        for p, density in zip((V(), Sample(), EDMPreconditioned(), V()), densities, strict=True)
+    ]
+    for other in grads[1:]:
+        # 30,000 stratified draws: integrals over a basis of bumps, 1% of the largest.
+        torch.testing.assert_close(other, grads[0], rtol=0.01, atol=0.01 * float(grads[0].abs().max()))
+
+
+# From the code as it was before weightings and couplings came in (2026-11-21): loss, and per_sample[3], of 0.5 x + 1e-4
+# times the noise conditioning, on 8 samples of linspace(-1, 1), at seed 0. On x86 they are equal to the bit.
+BEFORE = {
+    "v": (V, LogitNormalTime, Cosine, 0.5719780921936035, 0.2239014357328415),
+    "eps": (Epsilon, UniformTime, Linear, 0.41578224301338196, 0.3202460706233978),
+    "x0": (Sample, UniformTime, Cosine, 0.32434403896331787, 0.09987353533506393),
+    "flow": (Velocity, LogitNormalTime, Flow, 1.2030428647994995, 0.6469297409057617),
+    "edm": (EDMPreconditioned, LogNormalSigma, EDM, 1.580087661743164, 1.3019623756408691),
+}
+
+
+class Half(nn.Module):
+    def forward(self, x: Tensor, noise_cond: Tensor) -> Tensor:
+        return 0.5 * x + 1e-4 * noise_cond.reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_plain_losses_are_what_they_were(name: str) -> None:
+    kind, density, on, loss, fourth = BEFORE[name]
+    parameterization, schedule = kind(), on()
+    x0 = torch.linspace(-1, 1, 8 * 3 * 4 * 4).reshape(8, 3, 4, 4)
+    denoiser = Denoiser(Half(), schedule, parameterization)
+    out = Objective(parameterization, density())(denoiser, x0, {}, training_noise())
+    # Other processors may sum in another order: a few units in the last place.
+    assert float(out.loss) == pytest.approx(loss, rel=1e-6)
+    assert float(out.per_sample[3]) == pytest.approx(fourth, rel=1e-6)
+    # To the bit: one draw of times, then of noise, a plain mean of squares, no weight.
+    noise = training_noise()
+    level = schedule.level(density().draw(8, schedule, noise, CPU), 4)
+    eps = noise.normal(x0)
+    output = denoiser.output(level.alpha * x0 + level.sigma * eps, level)
+    plain = (output - parameterization.target(x0, eps, level)).square().flatten(1).mean(1)
+    assert torch.equal(out.per_sample, plain)
+    assert torch.equal(out.loss, plain.mean())
+    assert out.terms == {}
+
+
 DENSITIES = {
     "uniform": lambda: UniformTime(low_discrepancy=False),
     "uniform-from-0.2": lambda: UniformTime(t_min=0.2, low_discrepancy=False),
@@ -117,6 +224,10 @@ DENSITIES = {
     "log-normal-low-discrepancy": lambda: LogNormalSigma(p_mean=-0.4, p_std=1.0),
     "logit-normal": lambda: LogitNormalTime(low_discrepancy=False),
     "logit-normal-low-discrepancy": lambda: LogitNormalTime(mean=0.5, std=0.7),
+    "uniform-shared-jitter": lambda: UniformTime(low_discrepancy="shared"),
+    "mode": lambda: ModeTime(low_discrepancy=False),
+    "mode-both-ends": lambda: ModeTime(scale=-1.0),
+    "adaptive": lambda: LossAdaptiveTime(),
 }
 
 
@@ -260,12 +371,41 @@ def test_same_seed_same_loss() -> None:
         (L1(), F.l1_loss),
         (Huber(), F.smooth_l1_loss),
         (Huber(delta=0.3), lambda a, b, reduction: F.huber_loss(a, b, reduction=reduction, delta=0.3)),
+        (SmoothL1(beta=0.3), lambda a, b, reduction: F.smooth_l1_loss(a, b, reduction=reduction, beta=0.3)),
+        (Huber(delta=0.3), lambda a, b, reduction: 0.3 * SmoothL1(beta=0.3)(a, b)),
     ],
-    ids=["l2", "l1", "huber-1", "huber-0.3"],
+    ids=["l2", "l1", "huber-1", "huber-0.3", "smooth_l1", "huber-is-smooth_l1"],
 )
 def test_distances_are_torchs(ours, theirs) -> None:
     a, b = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)).mul(2).unbind(0)
     torch.testing.assert_close(ours(a, b), theirs(a, b, reduction="none"))
+
+
+def test_pseudo_huber_is_the_papers_metric_of_whole_samples() -> None:
+    a, b = torch.randn(2, 5, 3, 4, dtype=F64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    squared = (a - b).square().flatten(1).sum(1)
+    for distance, c in ((PseudoHuber(), 0.00054 * math.sqrt(12)), (PseudoHuber(c=2.0), 2.0)):
+        ours = distance(a, b).flatten(1).sum(1)
+        torch.testing.assert_close(ours, torch.sqrt(squared + c**2) - c, rtol=1e-9, atol=0)
+    # Smooth at 0, where a norm is not.
+    a.requires_grad_()
+    PseudoHuber()(a, a.detach()).sum().backward()
+    assert torch.equal(a.grad, torch.zeros_like(a))
+
+
+def test_shared_jitter_is_vdms_evenly_spaced_draw() -> None:
+    t = UniformTime(t_min=0.0, low_discrepancy="shared").draw(64, Flow(), training_noise(), CPU)
+    torch.testing.assert_close(t.diff(), torch.full((63,), 1 / 64), rtol=1e-4, atol=0)
+
+
+def test_mode_density_is_eq_20() -> None:
+    u = torch.linspace(0.001, 0.999, 999, dtype=F64)
+    t = 1 - u - 1.29 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    ours = ModeTime().density(t, Flow())
+    slope = -torch.gradient(t, spacing=(u,))[0]
+    # Central differences of a step of 1/1000: errors of 1e-6 times the third derivative.
+    torch.testing.assert_close(ours[1:-1], 1 / slope[1:-1], rtol=1e-4, atol=0)
+    assert float(ModeTime(scale=0.0).density(torch.tensor(0.3, dtype=F64), Flow())) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +416,10 @@ def test_distances_are_torchs(ours, theirs) -> None:
         (lambda: DiscreteUniformTime(num_timesteps=0), "num_timesteps=0 must be at least 1"),
         (lambda: LogNormalSigma(p_std=0.0), "p_std=0.0 must be positive"),
         (lambda: LogitNormalTime(std=-1.0), "std=-1.0 must be positive"),
+        (lambda: ModeTime(scale=2.0), "scale=2.0 must lie in"),
+        (lambda: UniformTime(low_discrepancy="yes"), "choose true, false or shared"),
+        (lambda: SmoothL1(beta=0.0), "smooth_l1 needs beta > 0"),
+        (lambda: PseudoHuber(c=0.0), "pseudo_huber needs c > 0"),
     ],
 )
 def test_bad_input_is_one_sentence(make, sentence: str) -> None:

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ornstein.diffusion.denoiser import Denoiser
-from ornstein.diffusion.parameterizations import EDMPreconditioned, Epsilon, Parameterization, Sample, V, Velocity
+from ornstein.diffusion.parameterizations import (
+    EDMPreconditioned,
+    Epsilon,
+    LearnedVariance,
+    Parameterization,
+    Sample,
+    Score,
+    V,
+    Velocity,
+    convert,
+)
 from ornstein.diffusion.prediction import Prediction
 from ornstein.diffusion.schedules import EDM, Cosine, Flow, Level, Linear, NoiseSchedule
 
@@ -51,6 +61,9 @@ ENDS = [
     (Epsilon, Flow, 1.0, "eps"),
     (Epsilon, EDM, 0.0, "both"),
     (Epsilon, EDM, 1.0, "both"),
+    (Score, Linear, 1.0, "both"),
+    (Score, Flow, 1.0, "eps"),
+    (Score, EDM, 0.0, "both"),
     (Sample, Linear, 0.0, "x0"),
     (Sample, Cosine, 1.0, "both"),
     (Sample, Flow, 0.0, "x0"),
@@ -170,6 +183,81 @@ def test_network_input_has_at_most_unit_scale(cell: tuple[NoiseSchedule, Paramet
         assert scaled <= 1 + 1e-6
         if parameterization.name == "edm":
             assert scaled == pytest.approx(1.0)
+
+
+EVERY = {"eps": Epsilon, "x0": Sample, "v": V, "score": Score, "flow": Velocity, "edm": EDMPreconditioned}
+
+
+@pytest.mark.parametrize("on", [Linear, Cosine, Flow, EDM])
+@pytest.mark.parametrize("to", EVERY)
+@pytest.mark.parametrize("source", EVERY)
+def test_conversions_between_all(source: str, to: str, on, pair: tuple[Tensor, Tensor]) -> None:
+    x0, eps = pair
+    one, other = EVERY[source](), EVERY[to]()
+    for t in INSIDE:
+        for level in (on().level(t), on().level(torch.full((4,), t, dtype=F64), 3)):
+            x_t = level.alpha * x0 + level.sigma * eps
+            expected = other.target(x0, eps, level)
+            ours = convert(one.target(x0, eps, level), x_t, level, source=one, to=other)
+            # float64 less the factor between alpha and sigma, up to 1e4 (cosine's end) once each way.
+            torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-8 * float(expected.abs().max()))
+            back = convert(ours, x_t, level, source=other, to=one)
+            original = one.target(x0, eps, level)
+            torch.testing.assert_close(back, original, rtol=1e-7, atol=1e-7 * float(original.abs().max()))
+
+
+def test_score_is_the_gradient_of_the_log_density() -> None:
+    # Of N(0, 1/4) data, whose noisy density is N(0, alpha^2/4 + sigma^2): the ideal x0 gives its score.
+    for schedule in (Linear(), EDM()):
+        level = schedule.level(0.4)
+        x_t, size = torch.tensor([[0.7]], dtype=F64), level.alpha**2 / 4 + level.sigma**2
+        x0 = level.alpha / 4 / size * x_t
+        score = Score().target(x0, (x_t - level.alpha * x0) / level.sigma, level)
+        torch.testing.assert_close(score, -x_t / size, rtol=1e-9, atol=0)
+
+
+def test_score_of_noiseless_data_says_nothing_of_eps(pair: tuple[Tensor, Tensor]) -> None:
+    p = Score().predict(pair[1], pair[0], Linear().level(0.0))
+    torch.testing.assert_close(p.x0, pair[0])
+    with pytest.raises(ValueError, match="sigma = 0"):
+        _ = p.eps
+
+
+@pytest.mark.parametrize("mean", EVERY)
+def test_learned_variance_is_its_mean_and_a_fraction(mean: str, pair: tuple[Tensor, Tensor]) -> None:
+    x0, eps = pair
+    inner, level = EVERY[mean](), Cosine().level(0.3)
+    learned = LearnedVariance(inner)
+    x_t = level.alpha * x0 + level.sigma * eps
+    target = learned.target(x0, eps, level)
+    assert torch.equal(target, inner.target(x0, eps, level))
+    v = torch.linspace(-1, 1, x0.numel(), dtype=F64).reshape(x0.shape)
+    output = torch.cat([target, v], dim=1)
+    p, plain = learned.predict(output, x_t, level), inner.predict(target, x_t, level)
+    assert torch.equal(p.x0, plain.x0) and torch.equal(p.eps, plain.eps)
+    torch.testing.assert_close(p.variance_fraction, (v + 1) / 2)
+    assert plain.variance_fraction is None
+    assert learned.gain(level) == inner.gain(level)
+    assert learned.noise_cond(level) == inner.noise_cond(level)
+    assert torch.equal(learned.scale_input(x_t, level), inner.scale_input(x_t, level))
+    assert (learned.outputs, inner.outputs, learned.needs_signal) == (2, 1, inner.needs_signal)
+    # Conversions take the variance along, or leave it.
+    other = convert(output, x_t, level, source=learned, to=LearnedVariance(V()))
+    torch.testing.assert_close(other, torch.cat([V().target(x0, eps, level), v], dim=1), rtol=1e-9, atol=1e-9)
+    dropped = convert(output, x_t, level, source=learned, to=Epsilon())
+    torch.testing.assert_close(dropped, eps, rtol=1e-9, atol=1e-9)
+
+
+def test_learned_variance_refuses(pair: tuple[Tensor, Tensor]) -> None:
+    level = Cosine().level(0.3)
+    with pytest.raises(ValueError, match="outputs=1: a learned variance takes 2"):
+        LearnedVariance(V(), outputs=1)
+    with pytest.raises(ValueError, match="has a learned variance already"):
+        LearnedVariance(LearnedVariance(V()))
+    with pytest.raises(ValueError, match="needs a network of 6 output channels, this one has 3"):
+        LearnedVariance(V()).predict(pair[0], pair[1], level)
+    with pytest.raises(ValueError, match="says nothing of a variance"):
+        convert(pair[0], pair[1], level, source=V(), to=LearnedVariance(V()))
 
 
 def test_prediction_needs_something() -> None:

@@ -2,7 +2,8 @@ r"""What a network's output means, and how its input is scaled.
 
 Each parameterization is a linear change of variables on :math:`x_t = \alpha x_0 + \sigma \epsilon`. It works on a
 :class:`~ornstein.diffusion.schedules.Level`, never on a schedule, so any of them goes with any schedule; where one
-cannot give x0 (eps at alpha = 0) it says so in ``needs_signal`` and such pairs are refused before training.
+cannot give x0 (eps at alpha = 0) it says so in ``needs_signal`` and such pairs are refused before training. Wherever
+neither alpha nor sigma is 0, :func:`convert` takes any of them into any other.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ class Parameterization(ABC):
     Attributes:
         name: as in the config group.
         needs_signal: x0 cannot be given where alpha = 0.
+        outputs: channels of the network's output for each channel of x: 2 where it learns a variance.
     """
 
     name: str
     needs_signal: bool = False
+    outputs: int = 1
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
@@ -56,7 +59,11 @@ class Parameterization(ABC):
 
 
 class Epsilon(Parameterization):
-    """The network predicts the noise. Source: Ho et al. 2020 (arXiv 2006.11239), eqs. 11-14."""
+    r"""The network predicts the noise, :math:`\epsilon`. Not on schedules that reach zero SNR.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), eqs. 11-14.
+    When: the classic choice, to repeat or compare with DDPM and what came of it.
+    """
 
     name = "eps"
     needs_signal = True
@@ -72,7 +79,11 @@ class Epsilon(Parameterization):
 
 
 class Sample(Parameterization):
-    """The network predicts the clean data x0 (diffusers' ``sample``)."""
+    r"""The network predicts the clean data, :math:`x_0` (diffusers' ``sample``).
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), section 3.2; Salimans & Ho 2022 (arXiv 2202.00512), section 4.
+    When: data with hard structure, few steps, or a loss that must see the clean image.
+    """
 
     name = "x0"
 
@@ -90,6 +101,7 @@ class V(Parameterization):
     r"""v-prediction, :math:`v = \alpha \epsilon - \sigma x_0`. Source: Salimans & Ho 2022 (arXiv 2202.00512), app. D.
 
     Off variance-preserving schedules its inversion divides by alpha**2 + sigma**2.
+    When: the safe default, well scaled at both ends and sound at zero SNR.
     """
 
     name = "v"
@@ -111,6 +123,7 @@ class Velocity(Parameterization):
     r"""Flow velocity, :math:`dx_t/dt = \alpha'(t) x_0 + \sigma'(t) \epsilon`; on flow it is eps - x0.
 
     Source: Lipman et al. 2023 (arXiv 2210.02747), eq. 20; Albergo et al. 2023 (arXiv 2303.08797), eq. 2.10.
+    When: flow matching, with scheduler=flow; off it, the speed grows without bound where the schedule's does.
     """
 
     name = "flow"
@@ -133,6 +146,30 @@ class Velocity(Parameterization):
         return level.alpha * level.d_sigma - level.d_alpha * level.sigma
 
 
+class Score(Parameterization):
+    r"""The network gives the score, :math:`\nabla_x \ln p_t(x_t) \approx -\epsilon/\sigma`. Not at zero SNR.
+
+    Its output grows as 1/sigma, so it is for networks and studies that want the score itself; eps is the same, scaled.
+
+    Source: Song & Ermon 2019 (arXiv 1907.05600), eq. 2; Song et al. 2021 (arXiv 2011.13456), eq. 7.
+    When: score-based models in their own terms: Langevin dynamics, reverse SDEs, energy-shaped networks.
+    """
+
+    name = "score"
+    needs_signal = True
+
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        return eps * (-1 / level.sigma)
+
+    def predict(self, output: Tensor, x_t: Tensor, level: Level) -> Prediction:
+        if isinstance(level.sigma, float) and level.sigma == 0.0:
+            return Prediction(x_t, level, x0=x_t / level.alpha)  # a score of noiseless data says nothing of eps
+        return Prediction(x_t, level, eps=output * -level.sigma)
+
+    def gain(self, level: Level) -> Scalar:
+        return level.alpha / level.sigma**2
+
+
 class EDMPreconditioned(Parameterization):
     r"""EDM's F, with the preconditioning written for any (alpha, sigma).
 
@@ -140,6 +177,9 @@ class EDMPreconditioned(Parameterization):
     :math:`x_0 = \frac{\alpha \sigma_{data}^2}{D} x_t + \frac{\sigma \sigma_{data}}{\sqrt D} F(x_t / \sqrt D)`,
     noise conditioning :math:`\frac14 \ln(\sigma/\alpha)`. At alpha = 1 these are table 1 of Karras et al. 2022
     (arXiv 2206.00364); at unit sigma_data on a variance-preserving schedule F = -v.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), eq. 7 and table 1.
+    When: variance-exploding schedules, or data whose deviation is known and is not 1.
 
     Raises:
         ValueError: sigma_data is not positive.
@@ -178,3 +218,81 @@ class EDMPreconditioned(Parameterization):
         if level.sigma == 0 or level.alpha == 0:
             return 0.25 * math.copysign(_LOG_RATIO_LIMIT, level.sigma - level.alpha)
         return 0.25 * max(-_LOG_RATIO_LIMIT, min(_LOG_RATIO_LIMIT, math.log(level.sigma / level.alpha)))
+
+
+class LearnedVariance(Parameterization):
+    r"""Any other parameterization, from a network of twice the channels whose second half learns the variance.
+
+    The second half v says where the reverse variance stands between the posterior's and the forward kernel's:
+
+    .. math:: \ln \Sigma = f \ln \sigma_{t|s}^2 + (1 - f) \ln \tilde\sigma_{s|t}^2, \quad f = (v + 1)/2
+
+    v is not clamped, as published; :attr:`Prediction.variance_fraction` carries f. ``target``, ``gain`` and the scaling
+    of the input are those of the mean, on the first half of the channels (dimension 1).
+
+    Args:
+        mean: what the first half means.
+        outputs: 2, for the network's config to read: its output channels over the data's.
+
+    Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15.
+    When: likelihood, or few ancestral steps; needs an objective with a bound in it (hybrid, vlb).
+
+    Raises:
+        ValueError: outputs is not 2, a mean that has a learned variance already, or, in ``predict``, an output whose
+            channels are not twice those of x_t.
+    """
+
+    def __init__(self, mean: Parameterization, outputs: int = 2) -> None:
+        if outputs != 2:
+            raise ValueError(f"objective.parameterization.outputs={outputs}: a learned variance takes 2, mean and v.")
+        if mean.outputs != 1:
+            raise ValueError("objective.parameterization.mean has a learned variance already: give it eps, x0, v, ...")
+        self.mean, self.outputs = mean, outputs
+        self.name, self.needs_signal = f"{mean.name} with variance", mean.needs_signal
+
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        return self.mean.target(x0, eps, level)
+
+    def predict(self, output: Tensor, x_t: Tensor, level: Level) -> Prediction:
+        mean, v = self.halves(output, x_t)
+        prediction = self.mean.predict(mean, x_t, level)
+        prediction.variance_fraction = (v + 1) / 2
+        return prediction
+
+    def halves(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean's output and v, each shaped like x_t."""
+        if output.shape[1] != 2 * x_t.shape[1]:
+            raise ValueError(
+                f"a learned variance needs a network of {2 * x_t.shape[1]} output channels, this one has "
+                f"{output.shape[1]}: set model.network.out_channels, or choose an objective without one."
+            )
+        mean, v = output.chunk(2, dim=1)
+        return mean, v
+
+    def gain(self, level: Level) -> Scalar:
+        return self.mean.gain(level)
+
+    def scale_input(self, x_t: Tensor, level: Level) -> Tensor:
+        return self.mean.scale_input(x_t, level)
+
+    def noise_cond(self, level: Level) -> Scalar:
+        return self.mean.noise_cond(level)
+
+
+def convert(output: Tensor, x_t: Tensor, level: Level, *, source: Parameterization, to: Parameterization) -> Tensor:
+    """What a network of parameterization ``to`` would have said where one of ``source`` said ``output``.
+
+    Exact wherever neither alpha nor sigma is 0. A learned variance goes along into another, and is dropped by a
+    parameterization without one.
+
+    Raises:
+        ValueError: ``to`` learns a variance and ``source`` gives none; at an end of the schedule, a conversion that
+            does not exist there.
+    """
+    prediction = source.predict(output, x_t, level)
+    target = to.target(prediction.x0, prediction.eps, level)
+    if not isinstance(to, LearnedVariance):
+        return target
+    if prediction.variance_fraction is None:
+        raise ValueError(f"{source.name} says nothing of a variance: it cannot be converted to {to.name}.")
+    return torch.cat([target, 2 * prediction.variance_fraction - 1], dim=1)
