@@ -5,12 +5,14 @@ from ornstein.networks.cost import count_flops, count_parameters
 from ornstein.networks.diffusers_unet import DiffusersUNet2D
 from ornstein.networks.dit import DiT
 from ornstein.networks.embeddings import check_labels
+from ornstein.networks.noisy_classifier import NoisyClassifier
 from ornstein.networks.unet import UNet
 
 __all__ = [
     "AnnotatedUNet",
     "DiT",
     "DiffusersUNet2D",
+    "NoisyClassifier",
     "UNet",
     "check_labels",
     "count_flops",
