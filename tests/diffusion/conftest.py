@@ -1,4 +1,4 @@
-"""The tables that the diffusion tests run over: a new schedule or parameterization is one row here."""
+"""Fixtures over the rows of ``tables.py``, and the mixtures that are the ground truth."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ import pytest
 import torch
 
 from ornstein.diffusion.analytic import GaussianMixture
-from ornstein.diffusion.parameterizations import EDMPreconditioned, Epsilon, Parameterization, Sample, V, Velocity
-from ornstein.diffusion.schedules import EDM, Cosine, Flow, Linear, NoiseSchedule, Quadratic, Sigmoid
+from ornstein.diffusion.parameterizations import Parameterization
+from ornstein.diffusion.schedules import NoiseSchedule
 
+from . import tables
+
+# One schedule of each kind: a table, one with kinks, zero SNR, variance exploding, steep, rescaled. All of them meet all
+# samplers and parameterizations in test_matrix.py, and what every schedule must hold in test_schedules.py.
 SCHEDULES = {
-    "linear": Linear,
-    "quadratic": Quadratic,
-    "quadratic_squared_time": lambda: Quadratic(form="squared_time"),
-    "sigmoid": Sigmoid,
-    "cosine": Cosine,
-    "flow": Flow,
-    "edm": EDM,
+    name: tables.SCHEDULES[name]
+    for name in ("linear", "quadratic-squared_time", "cosine", "flow", "edm", "laplace", "sub_vp-zero_terminal_snr")
 }
-PARAMETERIZATIONS = {
-    "eps": Epsilon,
-    "x0": Sample,
-    "v": V,
-    "flow": Velocity,
-    "edm": lambda: EDMPreconditioned(sigma_data=0.5),
-}
-# Refused at validation: eps does not determine x0 where alpha reaches 0.
-REFUSED = {("flow", "eps")}
+# A learned variance is another network output, with tests of its own.
+PARAMETERIZATIONS = {name: make for name, make in tables.PARAMETERIZATIONS.items() if make().outputs == 1}
+REFUSED = tables.REFUSED
 CELLS = [(s, p) for s in SCHEDULES for p in PARAMETERIZATIONS if (s, p) not in REFUSED]
 
 
