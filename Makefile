@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sample evaluate test test-slow lint format types notebooks wheel ci clean
+.PHONY: help setup train sample evaluate test test-slow lint format types notebooks docs wheel ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ types: $(READY) ## mypy over src
 
 notebooks: $(READY) ## run every notebook from top to bottom
 	$(BIN)/jupyter-execute --timeout=600 --kernel_name=python3 notebooks/*.ipynb
+
+docs: $(READY) ## write docs/design_space.md from docstrings and conf/
+	OMP_NUM_THREADS=1 $(BIN)/python -m ornstein.cli.options docs/design_space.md
 
 wheel: $(READY) ## build dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation
