@@ -57,4 +57,4 @@ def test_the_recipe_for_a_schedule(copy: Path) -> None:
     assert int(re.search(r"(\d+) passed", output_of(*selected, cwd=copy))[1]) > 20
     output_of("train.py", "scheduler=log_linear", "debug=fast_dev_run", cwd=copy)
     (config,) = copy.glob("outputs/train/*/*/config.yaml")
-    assert "ornstein.diffusion.schedules.LogLinear" in config.read_text()
+    assert "ornstein.diffusion.schedules.continuous.LogLinear" in config.read_text()
