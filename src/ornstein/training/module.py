@@ -7,6 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
 from ornstein.codecs import Codec
@@ -84,7 +86,7 @@ class DiffusionModule(pl.LightningModule):
         self.last_output: LossOutput | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         # Kept out of the module's registry: averages are neither trained nor saved as the model's own weights.
-        self.__dict__["averaged_network"] = None
+        self.__dict__["averaged_network"] = self.__dict__["averaged_schedule"] = None
         self._compile = compile
 
     def setup(self, stage: str) -> None:
@@ -94,11 +96,11 @@ class DiffusionModule(pl.LightningModule):
 
     # ---- training -------------------------------------------------------------------------------------------------
 
-    def denoiser(self, network: nn.Module | None = None) -> Denoiser:
-        """The denoiser around ``network`` (the one being trained unless given), without conditioning."""
+    def denoiser(self, *, evaluation: bool = False) -> Denoiser:
+        """The denoiser being trained, or with ``evaluation`` that of the averaged weights; without conditioning."""
         return Denoiser(
-            network if network is not None else self.network,
-            self.schedule,
+            self.evaluation_network() if evaluation else self.network,
+            self.evaluation_schedule() if evaluation else self.schedule,
             self.objective.parameterization,
             clip_x0=self.clip_x0,
             dynamic_threshold=self.dynamic_threshold,
@@ -109,12 +111,17 @@ class DiffusionModule(pl.LightningModule):
         averaged = self.__dict__["averaged_network"]
         return averaged if averaged is not None else self.network
 
+    def evaluation_schedule(self) -> NoiseSchedule:
+        """The averaged schedule where it is learned and an EMA callback averages it, else the schedule itself."""
+        averaged: NoiseSchedule | None = self.__dict__["averaged_schedule"]
+        return averaged if averaged is not None else self.schedule
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch; see the BATCH contract in ``ornstein.data``."""
         generator = self._generator("train", self.micro_batches_seen)
         # Dropout draws from the global generator.
         torch.manual_seed(derive_seed(self.seed, "dropout", self.micro_batches_seen, self.global_rank))
-        output = self._loss(batch, generator, self.network, augment=self.flip)
+        output = self._loss(batch, generator, self.denoiser(), augment=self.flip)
         self.last_output = output
         self.micro_batches_seen += 1
         self.images_seen += batch["image"].shape[0] * self._world_size()
@@ -124,15 +131,18 @@ class DiffusionModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of the evaluation network on a held-out batch, at the same noise every time."""
         generator = self._generator("val", batch_idx)
-        network = self.evaluation_network()
-        was_training = network.training
-        network.eval()
-        output = self._loss(batch, generator, network, augment=False)
-        network.train(was_training)
+        # The objective too: what it learns of the losses, held-out images have no say in.
+        parts = (self.evaluation_network(), self.objective)
+        were_training = [part.training for part in parts]
+        for part in parts:
+            part.eval()
+        output = self._loss(batch, generator, self.denoiser(evaluation=True), augment=False)
+        for part, was_training in zip(parts, were_training, strict=True):
+            part.train(was_training)
         return output.loss
 
     def _loss(
-        self, batch: dict[str, Any], generator: torch.Generator, network: nn.Module, *, augment: bool
+        self, batch: dict[str, Any], generator: torch.Generator, denoiser: Denoiser, *, augment: bool
     ) -> LossOutput:
         x = batch["image"].to(torch.float32).div_(127.5).sub_(1.0)
         noise = TrainingNoise(generator, rank=self.global_rank, world_size=self._world_size())
@@ -142,7 +152,7 @@ class DiffusionModule(pl.LightningModule):
         with torch.no_grad():
             x0 = self.codec.encode(x, generator=generator)
         cond = self.conditioner.training_cond(batch, generator=generator)
-        return self.objective(self.denoiser(network), x0, cond, noise)
+        return self.objective(denoiser, x0, cond, noise)
 
     def _generator(self, purpose: str, count: int) -> torch.Generator:
         if self.device not in self._generators:
@@ -163,6 +173,26 @@ class DiffusionModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self._lr_schedule(optimizer), "interval": "step"},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | int | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips gradients under mixed precision too, where Lightning refuses every fused optimizer.
+
+        Its refusal is meant for a gradient scaler, which a fused optimizer undoes within its step, after the clipping;
+        bf16 has none, so there the gradients are what they seem.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val is not None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+            return
+        self.clip_gradients(
+            optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+        )
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 
@@ -186,7 +216,7 @@ class DiffusionModule(pl.LightningModule):
     ) -> Iterator[Generated]:
         """Samples number ``indices`` with the evaluation network; see :func:`ornstein.training.generate.generate`."""
         return generate(
-            self.denoiser(self.evaluation_network()),
+            self.denoiser(evaluation=True),
             indices,
             codec=self.codec,
             conditioner=self.conditioner,
