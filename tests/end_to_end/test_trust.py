@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +14,9 @@ import torch
 import yaml
 
 import ornstein
+from ornstein.cli.resume import prepare_resume
+from ornstein.cli.train import train
+from ornstein.cli.trust import TRAINED, check_targets
 from ornstein.errors import OrnsteinError
 
 OWN = """
@@ -107,6 +111,53 @@ def test_a_target_made_by_an_interpolation_is_seen_too(altered, tmp_path, text):
     with pytest.raises(OrnsteinError, match=r"names os\.system, which is not part of this package"):
         ornstein.load(run)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("group", "target"),
+    [
+        ("model", "os.system"),
+        ("optimizer", "os.system"),
+        ("optimizer", "torch.optim.optimizer.functools.partial"),
+        ("lr_schedule", "torch.hub.load"),
+        ("ema", "ornstein.training.callbacks.Checkpoint"),
+        ("callbacks", "subprocess.Popen"),
+        ("callbacks", "ornstein.experiment.atomic.write_text"),
+        ("logger", "ornstein.experiment.RunDirectory"),
+        ("trainer", "lightning.pytorch.cli.LightningCLI"),
+    ],
+)
+def test_going_on_with_a_run_looks_at_all_that_it_would_call(compose, trained, tmp_path, group, target):
+    proof, folder = tmp_path / "proof", tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config[group]["extra"] = {"_target_": target, "_args_": [f"touch {proof}"]}
+    # A stored config cannot speak for itself, nor call anything while Hydra composes it.
+    config |= {"trust_targets": ["os", "subprocess"], "hydra": {"callbacks": {"x": {"_target_": "nowhere.Mine"}}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    argv = ["train.py", f"resume={folder}", "trainer.max_steps=61"]
+    name = prepare_resume(argv)
+    with pytest.raises(OrnsteinError, match=f"names {re.escape(target)}, .* add trust_targets="):
+        train(compose(*argv[1:], run_dir=folder, config_name=name))
+    assert not proof.exists()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_every_option_of_ours_may_be_gone_on_with(compose):
+    for option in (
+        *(f"optimizer={name}" for name in ("adam", "adamw", "sgd")),
+        *(f"lr_schedule={name}" for name in ("constant", "cosine", "inverse_sqrt", "linear", "none")),
+        *(
+            "ema=none",
+            "callbacks=none",
+            "logger=tensorboard",
+            "debug=profiler",
+            "model=latent_unet",
+            "metrics=inception",
+        ),
+    ):
+        check_targets(compose(option), groups=TRAINED)
 
 
 def test_a_callback_of_ones_own_is_not_built_and_needs_no_word(altered):

@@ -92,8 +92,8 @@ def test_a_seed_repeats_every_stream() -> None:
 
 
 def test_tensorboard_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ornstein.experiment import tensorboard_log
+    from ornstein.experiment import logger_options, tensorboard_log
 
-    monkeypatch.setattr(tensorboard_log, "find_spec", lambda name: None)
+    monkeypatch.setattr(logger_options, "find_spec", lambda name: None)
     with pytest.raises(OrnsteinError, match="pip install tensorboard"):
         tensorboard_log.tensorboard_logger(tmp_path)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ornstein.experiment.identity import find_unfinished, identity
 from ornstein.experiment.run_dir import RunDirectory
+from ornstein.experiment.run_identity import find_unfinished, identity
 
 CONFIG: dict[str, Any] = {
     "task": "train",

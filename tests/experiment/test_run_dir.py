@@ -19,13 +19,8 @@ def test_layout_and_round_trips(tmp_path: Path) -> None:
     run.write_json("environment.json", {"path": Path("a/b"), "nan": float("nan"), "pair": (1, 2)})
     assert run.read_config() == config
     assert json.loads(run.environment_path.read_text()) == {"path": "a/b", "nan": None, "pair": [1, 2]}
-    assert run.checkpoints.is_dir() and run.samples.is_dir()
-    assert {p.name for p in run.path.iterdir()} == {
-        "config.yaml",
-        "environment.json",
-        "checkpoints",
-        "samples",
-    }
+    # Folders come with their files: a run that samples has no empty folder of checkpoints.
+    assert {p.name for p in run.path.iterdir()} == {"config.yaml", "environment.json"}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +65,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_litter(
         run.write_json("summary.json", {"fid": 2.0})
     monkeypatch.undo()
     assert run.summary() == {"fid": 1.0}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "samples", "summary.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["summary.json"]
 
 
 def test_json_refuses_objects_before_touching_the_file(tmp_path: Path) -> None:
@@ -97,6 +92,7 @@ def test_last_checkpoint_passes_over_what_is_not_whole(tmp_path: Path) -> None:
 
     run = RunDirectory(tmp_path)
     assert run.last_checkpoint() is None
+    run.checkpoints.mkdir()
     for age, name in enumerate(["best.ckpt", "last.ckpt", "newer.ckpt"]):
         torch.save({"age": age}, run.checkpoints / name)
         os.utime(run.checkpoints / name, (age, age))
@@ -165,6 +161,7 @@ def test_a_killed_run_leaves_its_lock_even_where_a_data_worker_lives_on(tmp_path
 def test_the_lock_sweeps_up_what_killed_writers_left(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     litter = [run.path / ".summary.json.1-ab.tmp", run.checkpoints / ".last.ckpt.1-ab.tmp"]
+    run.checkpoints.mkdir()
     for path in litter:
         path.write_text("half")
     with run.lock():

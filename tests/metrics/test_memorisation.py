@@ -77,8 +77,12 @@ def test_the_picture_shows_each_sample_before_its_neighbours(tmp_path):
     picture = neighbour_grid(samples, training, neighbours=neighbours, path=path, scale=2)
     pixels = np.asarray(picture)
     assert np.array_equal(np.asarray(Image.open(path)), pixels)
-    values = [[int(v) for v in dict.fromkeys(pixels[y, :, 0].tolist()) if v != 255] for y in (5, 15)]
+    # Below the line of headings, on the dark ground.
+    rows = [row for row in pixels[28:, :, 0].tolist() if set(row) != {32}]
+    values = [[v for v in dict.fromkeys(row) if v != 32] for row in (rows[0], rows[-1])]
     assert values == [[10, 200, 100], [20, 150, 200]]
+    head = pixels[:28, :, 0]
+    assert (head[:, :30] > 200).any() and (head[:, 60:] > 200).any(), "a heading over the sample, one over the rest"
 
 
 def test_mistakes_get_one_sentence():

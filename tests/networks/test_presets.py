@@ -7,6 +7,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from ornstein.cli.launch import register_resolvers
 from ornstein.networks import count_parameters
 
 CONF = Path(__file__).parents[2] / "conf" / "model" / "network"
@@ -26,11 +27,14 @@ PRESETS = {
 }
 
 
-def build(name: str, *, channels: int, size: int, classes: int | None) -> torch.nn.Module:
+def build(name: str, *, channels: int, size: int, classes: int | None, outputs: int | None = None) -> torch.nn.Module:
+    register_resolvers()
+    parameterization = {} if outputs is None else {"outputs": outputs}
     config = {
         "codec": {"channels": channels, "size": size},
         "conditioner": {"num_classes": classes},
         "network": OmegaConf.load(CONF / f"{name}.yaml"),
+        "objective": {"parameterization": parameterization},
     }
     with torch.device("meta"):
         return instantiate(OmegaConf.create(config).network)
@@ -47,6 +51,14 @@ def test_preset_has_its_size_and_runs(name):
     with torch.device("meta"):
         y = network(torch.randn(2, 3, 32, 32), torch.zeros(2), label=torch.zeros(2, dtype=torch.long))
     assert y.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", [name for name, millions in PRESETS.items() if millions < 50])
+def test_a_parameterization_of_two_outputs_gets_twice_the_channels(name):
+    network = build(name, channels=3, size=32, classes=10, outputs=2)
+    with torch.device("meta"):
+        y = network(torch.randn(2, 3, 32, 32), torch.zeros(2), label=torch.zeros(2, dtype=torch.long))
+    assert y.shape == (2, 6, 32, 32)
 
 
 @pytest.mark.parametrize("name", ["tiny_unet", "dit_tiny"])

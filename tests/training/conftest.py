@@ -19,10 +19,10 @@ from lightning.pytorch.loggers.logger import Logger
 from ornstein.codecs import Identity
 from ornstein.conditioning import ClassLabel, NoConditioning
 from ornstein.data import DataModule, ImageDataset
-from ornstein.diffusion.objectives import Objective
+from ornstein.diffusion.objectives import Objective, TrainingNoise
 from ornstein.diffusion.parameterizations import V
 from ornstein.diffusion.samplers import DDIM
-from ornstein.diffusion.schedules import Cosine
+from ornstein.diffusion.schedules import Cosine, NoiseSchedule
 from ornstein.training.module import DiffusionModule
 
 CLASSES, SIZE, IMAGES = 3, 4, 24
@@ -37,6 +37,44 @@ class Network(nn.Module):
     def forward(self, x: Tensor, noise_cond: Tensor, label: Tensor | None = None) -> Tensor:
         out = self.mix(x) * (noise_cond / 1000).reshape(-1, 1, 1, 1)
         return out if self.label is None or label is None else out + self.label(label)[:, :, None, None]
+
+
+class Learned(NoiseSchedule):
+    """Variance preserving, log-SNR = slope * (1 - 2 t), whose slope is a parameter."""
+
+    variance_preserving = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(8.0))
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        slope = self.slope.to(t)
+        log_snr = slope * (1 - 2 * t)
+        alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        return alpha, sigma, -alpha * sigma**2 * slope, sigma * alpha**2 * slope
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return ((1 - log_snr / self.slope.to(log_snr)) / 2).clamp(0, 1)
+
+
+class Remembering(nn.Module):
+    """A time density that learns: times up to a bound that follows the mean of those drawn so far, in a buffer."""
+
+    bound: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bound", torch.tensor(1.0))
+
+    def draw(self, size: int, schedule: NoiseSchedule, noise: TrainingNoise, device: torch.device) -> Tensor:
+        t = noise.uniform(size, device) * self.bound
+        if self.training:
+            self.bound.lerp_(0.5 + t.mean() / 2, 0.5)
+        return t
+
+    def density(self, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+        return (t <= self.bound) / self.bound
 
 
 class Rows(Logger):

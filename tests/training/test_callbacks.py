@@ -139,15 +139,15 @@ def test_spread(steps, count):
     "options",
     [{}, {"schedule": Flow()}, {"schedule": EDM(), "objective": Objective(EDMPreconditioned(), LogNormalSigma())}],
 )
-def test_schedule_plot_is_there_before_the_first_step(fit, make_module, tmp_path, options):
-    seen = []
+def test_schedule_plot_is_there_before_the_first_step(fit, make_module, rows, tmp_path, options):
+    seen, logger = [], rows()
 
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             seen.append((tmp_path / "schedule.png").is_file())
 
-    fit([SchedulePlot(tmp_path), Look()], steps=1, module=make_module(**options))
-    assert seen == [True]
+    fit([SchedulePlot(tmp_path), Look()], steps=1, module=make_module(**options), logger=logger)
+    assert seen == [True] and logger.pictures == [("schedule", 0)]
     picture = Image.open(tmp_path / "schedule.png")
     assert picture.size == (1000, 640) and len(picture.convert("L").getcolors()) > 20
 

@@ -10,6 +10,8 @@ from ornstein.errors import OrnsteinError
 from ornstein.training.callbacks import Checkpoint
 from ornstein.training.ema import EMA
 
+from .conftest import Learned
+
 
 class Witness(pl.Callback):
     """Keeps the weights after each optimizer step; stands before EMA."""
@@ -83,7 +85,43 @@ def test_a_resumed_average_is_that_of_an_undisturbed_run(fit, tmp_path, accumula
         assert torch.equal(resumed.network.state_dict()[name], value)
 
 
+def test_a_learned_schedule_is_averaged_saved_and_resumed_with_the_network(fit, make_module, tmp_path):
+    def schedules(steps, *, ckpt=None, checkpoint=False):
+        ema = EMA(decay=0.5, warmup=False)
+        after = [ema, *([Checkpoint(tmp_path, monitor=None)] if checkpoint else [])]
+        trainer = fit(after, steps=steps, module=make_module(schedule=Learned()), ckpt=ckpt)
+        return trainer.lightning_module, ema
+
+    slopes = [8.0]
+    expected = torch.tensor(8.0)
+    for steps in range(1, 4):
+        module, ema = schedules(steps, checkpoint=True)
+        slopes.append(float(module.schedule.slope.detach()))
+        expected = 0.5 * expected + 0.5 * slopes[-1]
+    assert len(set(slopes)) == 4, "the schedule learns"
+    # three float32 lerps of values near 8, each rounding to 5e-7
+    torch.testing.assert_close(ema.schedule.slope, expected, atol=3e-6, rtol=0)
+    assert module.evaluation_schedule() is ema.schedule and module.schedule is not ema.schedule
+    denoisers = module.denoiser(), module.denoiser(evaluation=True)
+    assert [denoiser.schedule for denoiser in denoisers] == [module.schedule, ema.schedule]
+
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    assert torch.equal(saved["state_dict"]["schedule.slope"], module.schedule.slope)
+    assert torch.equal(saved["callbacks"]["EMA"]["schedule"]["slope"], ema.schedule.slope)
+    whole, resumed = schedules(6), schedules(6, ckpt=last)
+    for one, other in ((whole[0].schedule, resumed[0].schedule), (whole[1].schedule, resumed[1].schedule)):
+        assert torch.equal(one.slope, other.slope)
+
+
+def test_a_schedule_without_parameters_leaves_no_trace(fit):
+    ema = EMA()
+    module = fit([ema], steps=1).lightning_module
+    assert ema.schedule is None and module.evaluation_schedule() is module.schedule
+    assert set(ema.state_dict()) == {"updates", "network"}
+
+
 @pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"every": 0}])
 def test_refuses(options):
-    with pytest.raises(OrnsteinError, match=r"ema\.decay"):
+    with pytest.raises(OrnsteinError, match=r"ema\.(decay|every)="):
         EMA(**options)

@@ -4,9 +4,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from ornstein.diffusion.objectives import Objective
+from ornstein.diffusion.parameterizations import V
 from ornstein.training.callbacks import Checkpoint, SampleGrid, Throughput, TrainingLog, Validation
 from ornstein.training.ema import EMA
+from ornstein.training.estimate import measure_cost
 from ornstein.training.lr_schedules import cosine
+
+from .conftest import Remembering
 
 
 class Killed(RuntimeError):
@@ -114,3 +119,24 @@ def test_a_finished_run_resumed_does_nothing(fit, rows, tmp_path):
         ckpt=last,
     )
     assert logger.rows == {} and last.read_bytes() == before
+
+
+def test_what_an_objective_remembers_is_resumed_and_touched_by_training_alone(fit, make_module, make_data, tmp_path):
+    def run(steps, *after, ckpt=None):
+        module = make_module(objective=Objective(V(), Remembering()))
+        return fit(list(after), steps=steps, module=module, ckpt=ckpt).lightning_module
+
+    whole = run(8)
+    stopped = run(4, Validation(every=2), Checkpoint(tmp_path, monitor=None))
+    assert "objective.time_density.bound" in stopped.state_dict()
+    resumed = run(8, ckpt=tmp_path / "checkpoints" / "last.ckpt")
+    assert 0 < whole.objective.time_density.bound < 1
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+    data = make_data()
+    data.setup()
+    before = resumed.objective.time_density.bound.clone()
+    resumed.trainer = None
+    measure_cost(resumed, data.train.batch([0, 1, 2, 3]))
+    assert torch.equal(resumed.objective.time_density.bound, before)

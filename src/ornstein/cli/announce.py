@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ def announce(
         "time": f"about {_duration(seconds)} of training ({1 / cost.step_seconds * data.batch_size:,.0f} images/s), "
         "pictures and figures beside it",
     }
+    if module.device.type == "cpu":
+        rows["threads"] = _threads(torch.get_num_threads())
     if checkpoint is not None:
         rows["resuming"] = _resuming(checkpoint, steps)
     _print(rows)
@@ -79,6 +82,17 @@ def _resuming(checkpoint: Path, steps: int) -> str:
     if done >= steps:
         return f"{checkpoint.name}, at step {done:,} of {steps:,}: nothing left to do but by trainer.max_steps=..."
     return f"{checkpoint.name}, at step {done:,}"
+
+
+def _threads(count: int) -> str:
+    """Threads that training uses, and whether others want the cores too: then fewer threads are often faster."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    told = f"{count} of this machine's {usable} CPU cores; OMP_NUM_THREADS=N before the command changes it"
+    # This process is one of those that the load counts.
+    others = os.getloadavg()[0] - 1 if hasattr(os, "getloadavg") else 0.0
+    if count > 1 and others > usable - count + 0.5:
+        told += f", and fewer may be faster now: other work keeps about {others:.0f} busy"
+    return told
 
 
 def _duration(seconds: float) -> str:

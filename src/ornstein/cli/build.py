@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ornstein.cli.guides import equip
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ def build_module(cfg: DictConfig, *, training: bool = True) -> DiffusionModule:
     from ornstein.training.module import DiffusionModule
 
     torch.manual_seed(derive_seed(int(cfg.seed), "init"))
-    return DiffusionModule(
+    module = DiffusionModule(
         instantiate(cfg.model.network),
         schedule=instantiate(cfg.scheduler),
         objective=instantiate(cfg.objective),
@@ -49,6 +52,9 @@ def build_module(cfg: DictConfig, *, training: bool = True) -> DiffusionModule:
         compile=bool(cfg.model.get("compile", False)),
         config=plain(cfg) if training else None,
     )
+    if training:  # who samples a finished run names the guidance anew, and equips that
+        module.guidance = equip(module.guidance, module, cfg)
+    return module
 
 
 def build_data(cfg: DictConfig) -> Any:
@@ -87,8 +93,10 @@ def build_metrics(cfg: DictConfig) -> GenerativeMetrics | None:
     return GenerativeMetrics(**{str(key): built.get(str(key), value) for key, value in cfg.items()})
 
 
-def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
+def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback]) -> pl.Trainer:
     """Lightning's trainer with our checkpoint writer, and logs that a resumed run takes up where they belong.
+
+    Without loggers: those write, and a trainer is built before anything may be written. Give them to ``loggers``.
 
     Bars and checkpoints are callbacks of ours or nobody's: Lightning puts none of its own where there is none.
     """
@@ -100,7 +108,7 @@ def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback], loggers: lis
         callbacks = [each for each in callbacks if not isinstance(each, pl.callbacks.ProgressBar)]
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
-        logger=loggers,
+        logger=False,
         callbacks=[ResumableLogs(), *callbacks],
         enable_progress_bar=any(isinstance(each, pl.callbacks.ProgressBar) for each in callbacks),
         enable_checkpointing=any(isinstance(each, pl.callbacks.Checkpoint) for each in callbacks),
@@ -108,6 +116,23 @@ def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback], loggers: lis
         _convert_="all",
     )
     return trainer
+
+
+@contextmanager
+def matmul_precision(asked: str | None) -> Iterator[None]:
+    """float32 matrix products at ``highest``, ``high`` or ``medium`` precision (torch's words); None changes nothing.
+
+    Put back afterwards: the next run of a sweep in this process may ask for another.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    if asked is not None:
+        torch.set_float32_matmul_precision(asked)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def build_loggers(cfg: DictConfig) -> list[Any]:

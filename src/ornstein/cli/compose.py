@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ornstein.cli.guides import check_words
 from ornstein.cli.launch import conf_dir, find_mistake, register_resolvers, remove_untouched
 from ornstein.errors import OrnsteinError
 
@@ -126,6 +127,7 @@ def _as_ours(mistake: Exception) -> OrnsteinError:
 def _words(overrides: Sequence[str], run_dir: str | Path | None) -> list[str]:
     if isinstance(overrides, str):
         raise OrnsteinError(f"overrides={overrides!r} is one text: give a list, {overrides.split()} say.")
+    check_words("train", overrides)
     if run_dir is None:
         return list(overrides)
     text = str(Path(run_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")

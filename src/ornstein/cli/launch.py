@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import shutil
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def conf_dir() -> Path:
 
 
 def register_resolvers() -> None:
-    """``${div:a,b}``: integer division that refuses a remainder, for sizes."""
+    """``${div:a,b}``: integer division that refuses a remainder, for sizes; ``${mul:a,b}``: a product, for channels."""
 
     def div(a: int, b: int) -> int:
         if a % b:
@@ -39,6 +40,7 @@ def register_resolvers() -> None:
         return a // b
 
     OmegaConf.register_new_resolver("div", div, replace=True)
+    OmegaConf.register_new_resolver("mul", operator.mul, replace=True)
 
 
 def take_argument(argv: list[str], key: str) -> str | None:
@@ -55,6 +57,22 @@ def take_argument(argv: list[str], key: str) -> str | None:
 def peek_argument(argv: list[str], key: str) -> str | None:
     """The value of ``key=value`` on the command line, which stays as it is."""
     return take_argument(list(argv), key)
+
+
+def options_first(argv: list[str]) -> list[str]:
+    """The command line with Hydra's own options (``-m``, ``--config-dir FOLDER``) before the overrides.
+
+    Where one stands between overrides, as in ``a=1 -m b=2``, Hydra's parser refuses those behind it. An option takes
+    along the word after it, unless that is an override.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    taking = False
+    for word in argv[1:]:
+        own = word.startswith("-")
+        (options if own or (taking and word[:1] not in "~+" and "=" not in word) else overrides).append(word)
+        taking = own and "=" not in word and word not in ("-m", "--multirun")
+    return [*argv[:1], *options, *overrides]
 
 
 def store_run(config: dict[str, Any]) -> None:
@@ -134,7 +152,14 @@ def tell(error: Exception) -> None:
 
 def launch(config_name: str, body: Callable[[DictConfig], Any]) -> None:
     """Composes ``config_name`` with the command line and runs ``body`` once, or once a job of a multirun."""
+    from ornstein.cli.guides import check_words
+
     register_resolvers()
+    sys.argv[:] = options_first(sys.argv)
+    try:
+        check_words(config_name, sys.argv[1:])
+    except OrnsteinError as error:
+        fail(error)
     _failed_jobs.clear()
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(told(body))()
     if _failed_jobs:

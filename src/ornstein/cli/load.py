@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from ornstein.cli.guides import check_guidance, check_words, equip
 from ornstein.cli.launch import conf_dir, register_resolvers, store_run
 from ornstein.cli.stored import StoredRun, open_run
 from ornstein.cli.trust import check_targets
-from ornstein.cli.validate import check_grid, check_guidance
+from ornstein.cli.validate import check_sampler
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def compose_for(stored: StoredRun, task: str, overrides: list[str]) -> DictConfi
 
     register_resolvers()
     store_run(stored.config)
+    check_words(task, overrides)
     # A running command has its own Hydra: set it aside and put it back.
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -164,11 +166,13 @@ def restore(
     path = stored.checkpoint_path(checkpoint)
     state = AtomicCheckpointIO().load_checkpoint(path)
     module = build_module(cfg, training=False)
-    averaged = state.get("callbacks", {}).get("EMA", {}).get("network")
+    averages = state.get("callbacks", {}).get("EMA", {}) if weights == "ema" else {}
     try:
         module.load_state_dict(state["state_dict"])
-        if weights == "ema" and averaged:
-            module.network.load_state_dict(averaged)
+        if averages.get("network"):
+            module.network.load_state_dict(averages["network"])
+        if averages.get("schedule"):  # a learned one belongs to the weights that it was averaged with
+            module.schedule.load_state_dict(averages["schedule"])
     except RuntimeError as error:
         raise OrnsteinError(
             f"{path} is of another network than the run's config describes: has its config.yaml been changed, or was "
@@ -188,8 +192,9 @@ def sampling_options(
         OrnsteinError: an option that this run cannot honour.
     """
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
-    check_guidance(guidance.needs_null, cfg, {"guidance": str(cfg.guidance.get("_target_", "")).rpartition(".")[2]})
-    check_grid(sampler, module.schedule)
+    check_guidance(guidance, sampler, cfg)
+    check_sampler(sampler, module.schedule, module.objective)
+    guidance = equip(guidance, module, cfg, trust_targets=list(cfg.get("trust_targets") or ()))
     return {"sampler": sampler, "guidance": guidance, "labels": check_labels(labels, module, count)}
 
 

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ornstein.cli.launch import peek_argument, remove_untouched, take_argument
 from ornstein.cli.stored import open_run
+from ornstein.cli.trust import TRAINED, check_targets
 from ornstein.errors import OrnsteinError
-from ornstein.experiment import RunDirectory
-from ornstein.experiment.identity import find_unfinished, identity
+from ornstein.experiment import RunDirectory, find_unfinished, identity
+
+# Groups of a stored run of which another option may be chosen: nothing of them lies in the checkpoint's tensors.
+OPEN_GROUPS = ("trainer", "callbacks", "logger", "metrics", "sampler", "guidance")
+# What else may be changed. All the rest either makes the run another one or, like the optimizer's numbers, comes back
+# with the checkpoint and would silently have no effect.
+OPEN_KEYS = (
+    "lr_schedule",
+    "ema",
+    "name",
+    "clip_x0",
+    "dynamic_threshold",
+    "data.root",
+    "data.download",
+    "data.num_workers",
+    "data.eval_batch_size",
+    "model.compile",
+    "model.matmul_precision",
+    "trust_targets",
+    "traceback",
+    "hydra",
+)
+# Choosing another of these is another matter than changing its numbers; and a run goes on in its own folder.
+CLOSED = ("ema", "lr_schedule", "hydra.run.dir")
+_OVERRIDE = re.compile(r"[+~]{0,2}(?P<key>[A-Za-z_][\w./@-]*)(?P<given>=?)(?P<value>.*)", re.DOTALL)
 
 
 def prepare_resume(argv: list[str]) -> str:
@@ -23,7 +50,7 @@ def prepare_resume(argv: list[str]) -> str:
     reaches whatever follows from it. The run goes on in its own folder.
 
     Raises:
-        OrnsteinError: the folder is not a run.
+        OrnsteinError: the folder is not a run, or something is to be changed that a run which goes on cannot change.
     """
     named = peek_argument(argv, "resume")
     if named in (None, "", "auto", "null"):
@@ -34,13 +61,64 @@ def prepare_resume(argv: list[str]) -> str:
         raise OrnsteinError(
             f"resume={named} is a file: name its run, resume={stored.folder}, which goes on from its newest checkpoint."
         )
+    chosen = _check_changes(argv)
     folder = stored.folder.resolve()
-    config = dict(stored.config)
-    config["resume"] = str(named)
+    # Hydra's own part and a defaults list could call or bring in anything before the config is looked at.
+    config: dict[str, Any] = {key: value for key, value in stored.config.items() if key not in ("hydra", "defaults")}
+    config["resume"], config["trust_targets"] = str(named), []
+    if chosen:
+        config = {key: value for key, value in config.items() if key not in chosen}
+        config["defaults"] = ["_self_", *({group: option} for group, option in chosen.items())]
     config["paths"] = {**config.get("paths", {}), "run_dir": str(folder)}
     ConfigStore.instance().store(name="resumed", node=config)
     argv += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
     return "resumed"
+
+
+def _check_changes(words: Sequence[str]) -> dict[str, str | None]:
+    """Refuses overrides that have no effect on a run that goes on; gives the options chosen of its open groups.
+
+    Raises:
+        OrnsteinError: names the overrides and what can be changed.
+    """
+    refused, chosen = [], {}
+    for word in words:
+        match = _OVERRIDE.fullmatch(word)
+        if match is None or not (match["given"] or word.startswith("~")):
+            continue
+        key, value = match["key"], match["value"]
+        if key in OPEN_GROUPS and match["given"] and not value.startswith("{"):
+            chosen[key] = None if value in ("", "null") else value
+        elif not _may_change(key):
+            refused.append(word)
+    if refused:
+        raise OrnsteinError(
+            f"{', '.join(refused)} cannot be changed beside resume=: the run goes on with the model, data and "
+            "objective that it began with, and its optimizer's state comes back with the checkpoint; leave it out, or "
+            f"start a new run. What can be changed: {', '.join(f'{group}.*' for group in OPEN_GROUPS)}, lr_schedule.*, "
+            "ema.*, data.root, data.num_workers and model.compile."
+        )
+    return chosen
+
+
+def _may_change(key: str) -> bool:
+    below = any(key == opened or key.startswith((f"{opened}.", f"{opened}/")) for opened in (*OPEN_GROUPS, *OPEN_KEYS))
+    return below and key not in CLOSED
+
+
+def check_resumed(cfg: DictConfig) -> None:
+    """Refuses a stored config that would call something this package does not know, before anything of it is built.
+
+    ``trust_targets=[PREFIX]`` beside ``resume=FOLDER`` allows more, for this start alone.
+
+    Raises:
+        OrnsteinError: names the target and the option that allows it.
+    """
+    if cfg.resume in (None, "auto") or "trust_targets" not in cfg:
+        return
+    check_targets(cfg, list(cfg.trust_targets), groups=TRAINED)
+    with open_dict(cfg):
+        del cfg["trust_targets"]
 
 
 def open_run_directory(cfg: DictConfig) -> RunDirectory:

@@ -32,50 +32,46 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         OrnsteinError: what cannot work, before the run's folder is opened and before anything is trained.
     """
+    from ornstein.cli.resume import check_resumed
     from ornstein.cli.validate import validate
 
+    check_resumed(cfg)
     validate(cfg)
-    data = _ready_data(cfg)
 
-    from ornstein.cli.resume import check_checkpoint, open_run_directory
-    from ornstein.experiment import Summary
-
-    run = open_run_directory(cfg)
-    with run.lock():
-        check_checkpoint(cfg, run)
-        with Summary(run) as summary:
-            return _fit(cfg, data, run, summary)
-
-
-def _ready_data(cfg: DictConfig) -> Any:
-    from ornstein.cli.build import build_data
+    from ornstein.cli.build import build_callbacks, build_data, build_trainer, matmul_precision
     from ornstein.cli.quiet import quiet_libraries
+    from ornstein.cli.resume import check_checkpoint, open_run_directory
+    from ornstein.experiment import Summary, set_determinism
 
     quiet_libraries()
+    run = open_run_directory(cfg)
+    set_determinism(int(cfg.seed), deterministic=bool(cfg.trainer.deterministic))
+    trainer = build_trainer(cfg, callbacks=build_callbacks(cfg))
     data = build_data(cfg)
     data.setup()
-    return data
+    with run.lock():
+        check_checkpoint(cfg, run)
+        with Summary(run) as summary, matmul_precision(cfg.model.get("matmul_precision")):
+            return _fit(cfg, data, trainer, run, summary)
 
 
-def _fit(cfg: DictConfig, data: Any, run: RunDirectory, summary: Summary) -> dict[str, float]:
+def _fit(cfg: DictConfig, data: Any, trainer: Any, run: RunDirectory, summary: Summary) -> dict[str, float]:
     from ornstein.cli.announce import announce, conclude, interrupted
-    from ornstein.cli.build import build_callbacks, build_loggers, build_module, build_trainer, plain
+    from ornstein.cli.build import build_loggers, build_module, plain
     from ornstein.cli.resume import remember
-    from ornstein.experiment import close_loggers, describe_environment, set_determinism
+    from ornstein.experiment import close_loggers, describe_environment
 
-    set_determinism(int(cfg.seed), deterministic=bool(cfg.trainer.deterministic))
     run.write_config(plain(cfg))
     remember(cfg, run)
     run.write_json("environment.json", describe_environment(seed=int(cfg.seed)))
     module = build_module(cfg)
-    loggers = build_loggers(cfg)
+    loggers = trainer.loggers = build_loggers(cfg)
     try:
-        trainer = build_trainer(cfg, callbacks=build_callbacks(cfg), loggers=loggers)
         checkpoint = run.last_checkpoint()
         summary.update(**announce(cfg, module, data, trainer, run, checkpoint))
         trainer.fit(module, data, ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:
             if hasattr(callback, "summary"):
                 summary.update(**callback.summary())
         summary.update(**figures, steps=trainer.global_step, images_seen=module.images_seen)

@@ -1,4 +1,5 @@
-"""Which classes a stored config may name: those of this package that a model, its data and its figures are made of."""
+"""Which classes a stored config may name: those of this package that a model, its data and its figures are made of, and
+for training on also optimizers and what stands around training."""
 
 from __future__ import annotations
 
@@ -9,13 +10,30 @@ from omegaconf import DictConfig, OmegaConf
 
 from ornstein.errors import OrnsteinError
 
-# Groups that sampling and scoring build; callbacks, loggers and the like stay words.
+# Groups that sampling and scoring build; callbacks, loggers and the like stay words there.
 BUILT = ("data", "codec", "conditioner", "scheduler", "objective", "sampler", "guidance", "model", "metrics")
 _HOMES = (
     *(f"ornstein.{floor}." for floor in ("diffusion", "networks", "codecs", "conditioning", "data", "metrics")),
     "diffusers.schedulers.",
 )
 _FUNCTIONS = ("ornstein.codecs.load_kl", "ornstein.metrics.features_by_name")
+# Groups that training builds beside those, with their homes; and functions of ours that make one.
+_AROUND = {
+    "optimizer": ("torch.optim.",),
+    "lr_schedule": ("torch.optim.lr_scheduler.",),
+    "ema": ("ornstein.training.ema.",),
+    "callbacks": ("ornstein.training.callbacks.", "lightning.pytorch.callbacks."),
+    "logger": ("lightning.pytorch.loggers.",),
+    "trainer": tuple(f"lightning.pytorch.{part}." for part in ("accelerators", "plugins", "profilers", "strategies")),
+}
+_AROUND_NAMES = (
+    "lightning.pytorch.Trainer",
+    "ornstein.experiment.CSVLogger",
+    "ornstein.experiment.tensorboard_logger",
+    "ornstein.experiment.wandb_logger",
+    *(f"ornstein.training.lr_schedules.{name}" for name in ("constant", "cosine", "inverse_sqrt", "linear")),
+)
+TRAINED = (*BUILT, *_AROUND)
 
 
 def targets(config: Any) -> Iterator[str]:
@@ -31,7 +49,7 @@ def targets(config: Any) -> Iterator[str]:
             yield from targets(value)
 
 
-def check_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> None:
+def check_targets(cfg: DictConfig, trusted: Sequence[str] = (), *, groups: Sequence[str] = BUILT) -> None:
     """Refuses a stored config that would call something this package does not know.
 
     Resolved, because an interpolation can make a target too. A name counts as ours when it is a class defined where it
@@ -41,28 +59,28 @@ def check_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> None:
     Raises:
         OrnsteinError: names the target and the flag that allows it.
     """
-    for group in BUILT:
+    for group in groups:
         node = cfg.get(group)
         if not OmegaConf.is_config(node):
             continue
         for target in targets(OmegaConf.to_container(node, resolve=True)):
             if any(target == prefix or target.startswith(prefix.rstrip(".") + ".") for prefix in trusted):
                 continue
-            if not _is_ours(target):
+            if not _is_ours(target, group):
                 raise OrnsteinError(
                     f"the run's config names {target}, which is not part of this package: if you trust it, add "
                     f"trust_targets=[{target.rpartition('.')[0]}]."
                 )
 
 
-def _is_ours(target: str) -> bool:
+def _is_ours(target: str, group: str) -> bool:
     from importlib import import_module
 
-    home = next((prefix for prefix in _HOMES if target.startswith(prefix)), None)
+    if target in (_AROUND_NAMES if group in _AROUND else _FUNCTIONS):
+        return True
+    home = next((prefix for prefix in _AROUND.get(group, _HOMES) if target.startswith(prefix)), None)
     if home is None:
         return False
-    if target in _FUNCTIONS:
-        return True
     module_name, _, name = target.rpartition(".")
     try:
         found = getattr(import_module(module_name), name)

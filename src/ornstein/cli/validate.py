@@ -12,7 +12,10 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ornstein.cli.guides import check_guidance
 from ornstein.errors import OrnsteinError
+
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 def validate(cfg: DictConfig) -> None:
@@ -26,24 +29,22 @@ def validate(cfg: DictConfig) -> None:
     fill_facts(cfg)
     check_conditioning(cfg, choices)
     check_codec(cfg, choices)
+    _check_callbacks(cfg)
+    _check_loggers(cfg)
+    _check_precision(cfg)
     schedule, objective = instantiate(cfg.scheduler), instantiate(cfg.objective)
-    if objective.parameterization.needs_signal and schedule.zero_terminal_snr:
-        raise OrnsteinError(
-            f"objective={choices.get('objective', objective.parameterization.name)} cannot give x0 where the signal "
-            f"is gone, and scheduler={choices.get('scheduler', type(schedule).__name__)} reaches zero SNR at t = 1: "
-            "choose objective=v, x0, flow or edm, or a schedule that keeps some signal (linear, cosine, quadratic, "
-            "sigmoid, edm)."
-        )
+    _check_objective(objective, schedule, cfg, choices)
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
-    check_guidance(guidance.needs_null, cfg, choices)
+    check_guidance(guidance, sampler, cfg)
+    check_sampler(sampler, schedule, objective)
     instantiate(cfg.conditioner)
     instantiate(cfg.codec)
     _build_network(cfg)
     if not isinstance(cfg.trainer.max_steps, int) or cfg.trainer.max_steps < 1:
         raise OrnsteinError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1: it is what ends training.")
-    check_grid(sampler, schedule)
-    _check_limits(cfg, schedule, objective)
+    _check_x0_limits(cfg, schedule, objective)
     _build_optimizer(cfg, choices)
+    _check_metrics(cfg)
 
 
 def check_root(cfg: DictConfig, choices: dict[str, str]) -> None:
@@ -77,13 +78,22 @@ def check_conditioning(cfg: DictConfig, choices: dict[str, str]) -> None:
 
 
 def check_codec(cfg: DictConfig, choices: dict[str, str]) -> None:
-    """A codec with weights fits the data that they were trained on."""
+    """A codec with weights fits the data that they were trained on, one without changes no shape."""
     model = choices.get("model", "")
     if model.startswith("latent") and cfg.codec._target_.endswith("Identity"):
         raise OrnsteinError(
             f"model={model} diffuses latents and codec={choices.get('codec', 'identity')} has none: choose codec=kl, "
             f"or model={'dit' if 'dit' in model else 'class_unet'} for pixels."
         )
+    if cfg.codec._target_.endswith("Identity"):
+        for own, of_data in (("channels", "channels"), ("size", "image_size")):
+            given = cfg.codec.get(own)
+            if set(given if OmegaConf.is_list(given) else [given]) != {cfg.data.get(of_data)}:
+                raise OrnsteinError(
+                    f"codec.{own}={given} and data.{of_data}={cfg.data.get(of_data)} differ: "
+                    f"codec={choices.get('codec', 'identity')} diffuses the images as they are, so leave codec.{own} "
+                    f"out and set data.{of_data} instead."
+                )
     fits = cfg.codec.get("fits")
     name = choices.get("data") or cfg.data.get("name")
     if fits is not None and name is not None and name not in fits:
@@ -94,23 +104,6 @@ def check_codec(cfg: DictConfig, choices: dict[str, str]) -> None:
         )
 
 
-def check_guidance(needs_null: bool, cfg: DictConfig, choices: dict[str, str]) -> None:
-    """Classifier-free guidance needs a model that has seen its condition dropped."""
-    if not needs_null:
-        return
-    guidance = choices.get("guidance", "cfg")
-    if not OmegaConf.select(cfg, "conditioner._target_", default="").endswith("ClassLabel"):
-        raise OrnsteinError(
-            f"guidance={guidance} steers a conditional model and this one has no condition: choose guidance=none, or "
-            "train with model=class_unet."
-        )
-    if cfg.conditioner.dropout == 0:
-        raise OrnsteinError(
-            f"guidance={guidance} needs a model trained with label dropout and conditioner.dropout=0: choose "
-            "guidance=none, or train with conditioner.dropout=0.1."
-        )
-
-
 def _build_network(cfg: DictConfig) -> None:
     import torch
 
@@ -118,17 +111,55 @@ def _build_network(cfg: DictConfig) -> None:
         instantiate(cfg.model.network)
 
 
-def check_grid(sampler: Any, schedule: Any) -> None:
-    """The sampler's steps can be laid on the schedule."""
-    from ornstein.diffusion.grids import make_grid
-
+def _check_objective(objective: Any, schedule: Any, cfg: DictConfig, choices: dict[str, str]) -> None:
+    """The schedule gives what the objective predicts, and pixels what its bound counts."""
+    if objective.parameterization.needs_signal and schedule.zero_terminal_snr:
+        rescaled = "scheduler.zero_terminal_snr=false, " if cfg.scheduler.get("zero_terminal_snr") else ""
+        raise OrnsteinError(
+            f"objective={choices.get('objective', objective.parameterization.name)} cannot give x0 where the signal "
+            f"is gone, and scheduler={choices.get('scheduler', type(schedule).__name__)} reaches zero SNR at t = 1: "
+            f"choose {rescaled}objective=v, x0, flow or edm, or a schedule that keeps some signal (linear, cosine, "
+            "quadratic, sigmoid, edm)."
+        )
     try:
-        make_grid(sampler.rule, schedule, sampler.steps)
+        objective.check(schedule)
     except ValueError as error:
         raise OrnsteinError(str(error)) from error
+    if getattr(objective, "last", None) == "discrete" and not cfg.codec._target_.endswith("Identity"):
+        raise OrnsteinError(
+            f"objective={choices.get('objective', 'vlb')} ends in the likelihood of 8-bit pixels and "
+            f"codec={choices.get('codec', 'kl')} diffuses latents: set objective.last=gaussian, or choose a pixel model."
+        )
 
 
-def _check_limits(cfg: DictConfig, schedule: Any, objective: Any) -> None:
+def check_sampler(sampler: Any, schedule: Any, objective: Any) -> None:
+    """The sampler runs on the schedule, and asks of the model only what it was trained for.
+
+    Raises:
+        OrnsteinError: steps that cannot be laid on the schedule, fresh noise after training on coupled noise, or a
+            learned variance that there is none of.
+    """
+    import torch
+
+    try:
+        with torch.no_grad():
+            sampler.check(schedule)
+    except ValueError as error:
+        raise OrnsteinError(str(error)) from error
+    if sampler.stochastic and not objective.coupling.independent:
+        raise OrnsteinError(
+            f"{type(sampler).__name__} adds fresh noise, and objective/coupling={type(objective.coupling).__name__} "
+            "trains on noise that depends on the data, which only deterministic samplers follow: choose sampler=euler, "
+            "heun or ddim, or objective/coupling=independent."
+        )
+    if getattr(sampler, "variance", None) == "learned" and objective.parameterization.outputs == 1:
+        raise OrnsteinError(
+            "sampler.variance=learned and this model learns none: choose sampler.variance=fixed_small or fixed_large, "
+            "or train with objective=hybrid."
+        )
+
+
+def _check_x0_limits(cfg: DictConfig, schedule: Any, objective: Any) -> None:
     from torch import nn
 
     from ornstein.diffusion.denoiser import Denoiser
@@ -150,6 +181,48 @@ def _build_optimizer(cfg: DictConfig, choices: dict[str, str]) -> None:
         raise OrnsteinError(f"optimizer={choices.get('optimizer', 'this one')} refuses its options: {error}") from error
     if cfg.lr_schedule:
         instantiate(cfg.lr_schedule)(optimizer)
+
+
+def _check_callbacks(cfg: DictConfig) -> None:
+    """Their numbers, those of the averages too, without importing Lightning; training builds them before it begins."""
+    from ornstein.training.limits import check_limits
+
+    for node in (cfg.ema, *(cfg.callbacks or {}).values()):
+        home, _, name = str(node.get("_target_") if node else "").rpartition(".")
+        if home.startswith("ornstein.training"):
+            check_limits(name, **{str(key): value for key, value in node.items()})
+
+
+def _check_loggers(cfg: DictConfig) -> None:
+    from ornstein.experiment.logger_options import check_tensorboard, check_wandb_mode
+
+    for node in (cfg.logger or {}).values():
+        target = str(node.get("_target_") if node else "")
+        if target.endswith(".wandb_logger"):
+            check_wandb_mode(node.get("mode"))
+        elif target.endswith(".tensorboard_logger"):
+            check_tensorboard()
+
+
+def _check_metrics(cfg: DictConfig) -> None:
+    """What would otherwise be refused at the end of training, when figures are first taken."""
+    from ornstein.metrics import check_features_name, check_metric_numbers
+
+    node = cfg.metrics
+    if not node:
+        return
+    if OmegaConf.select(node, "features._target_", default="").endswith(".features_by_name"):
+        check_features_name(node.features.name)
+    check_metric_numbers(**{str(key): value for key, value in node.items() if key not in ("features", "clip")})
+
+
+def _check_precision(cfg: DictConfig) -> None:
+    asked = cfg.model.get("matmul_precision")
+    if asked not in (None, *MATMUL_PRECISIONS):
+        raise OrnsteinError(
+            f"model.matmul_precision={asked} is unknown: choose {', '.join(MATMUL_PRECISIONS)}, or null to leave it as "
+            "torch has it."
+        )
 
 
 def _choices() -> dict[str, Any]:

@@ -3,8 +3,7 @@
 Names load on first use, so that counting the classes of a folder does not import Lightning.
 """
 
-import importlib
-from typing import Any
+from ornstein.lazy import lazy_names
 
 _HOME = {
     "DataModule": "datamodule",
@@ -18,15 +17,4 @@ _HOME = {
     "OrderedBatches": "sampling",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module that a public name lives in, and give the name."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    """The public names, loaded or not."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

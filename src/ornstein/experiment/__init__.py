@@ -3,19 +3,20 @@
 Importing this package loads nothing heavy; each name below is looked up on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ornstein.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ornstein.experiment.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from ornstein.experiment.csv_log import CSVLogger as CSVLogger
     from ornstein.experiment.environment import describe_environment as describe_environment
-    from ornstein.experiment.identity import find_unfinished as find_unfinished
-    from ornstein.experiment.identity import identity as identity
     from ornstein.experiment.metrics_file import read_metrics as read_metrics
     from ornstein.experiment.resume import ResumableLogs as ResumableLogs
     from ornstein.experiment.resume import close_loggers as close_loggers
     from ornstein.experiment.run_dir import RunDirectory as RunDirectory
+    from ornstein.experiment.run_identity import find_unfinished as find_unfinished
+    from ornstein.experiment.run_identity import identity as identity
     from ornstein.experiment.seeding import set_determinism as set_determinism
     from ornstein.experiment.summary import Summary as Summary
     from ornstein.experiment.tensorboard_log import tensorboard_logger as tensorboard_logger
@@ -29,24 +30,12 @@ _HOME = {
     "Summary": "summary",
     "close_loggers": "resume",
     "describe_environment": "environment",
-    "find_unfinished": "identity",
-    "identity": "identity",
+    "find_unfinished": "run_identity",
+    "identity": "run_identity",
     "read_metrics": "metrics_file",
     "set_determinism": "seeding",
     "tensorboard_logger": "tensorboard_log",
     "wandb_logger": "wandb_log",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module that holds ``name`` and keep what it gave.
-
-    Raises:
-        AttributeError: where this floor has no such name.
-    """
-    if name not in _HOME:
-        raise AttributeError(f"module 'ornstein.experiment' has no attribute {name!r}")
-    value = getattr(import_module(f"ornstein.experiment.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

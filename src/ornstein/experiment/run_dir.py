@@ -34,7 +34,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
-        """Open the run folder at ``path``; make it and its subfolders where ``create`` says so.
+        """Open the run folder at ``path``; make it where ``create`` says so. Its own folders come with their files.
 
         Raises:
             OrnsteinError: where the folder is missing and ``create`` is false, or ``path`` is a file.
@@ -45,8 +45,7 @@ class RunDirectory:
         if not create and not self.path.is_dir():
             raise OrnsteinError(f"there is no run folder {self.path}: name one that a training run made")
         if create:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.samples.mkdir(exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.path / ".lock")
 
     @property

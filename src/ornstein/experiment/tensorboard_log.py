@@ -1,10 +1,9 @@
 """TensorBoard, for those who ask for it."""
 
 import os
-from importlib.util import find_spec
 from typing import Any
 
-from ornstein.errors import OrnsteinError
+from ornstein.experiment.logger_options import check_tensorboard
 
 
 def tensorboard_logger(run_dir: str | os.PathLike[str]) -> Any:
@@ -15,10 +14,7 @@ def tensorboard_logger(run_dir: str | os.PathLike[str]) -> Any:
     Raises:
         OrnsteinError: where TensorBoard is not installed.
     """
-    if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
-        raise OrnsteinError(
-            "logger=tensorboard needs the package tensorboard: pip install tensorboard, or take logger=csv"
-        )
+    check_tensorboard()
     from lightning.pytorch.loggers import TensorBoardLogger
 
     return TensorBoardLogger(save_dir=os.fspath(run_dir), name="tensorboard", version="")

@@ -26,11 +26,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from ornstein.errors import OrnsteinError
 from ornstein.experiment.atomic import write_text
+from ornstein.experiment.logger_options import check_wandb_mode
 from ornstein.experiment.run_dir import read_config
 
-_MODES = ("online", "offline", "disabled")
 _STEP = "trainer/global_step"
 
 
@@ -56,10 +55,7 @@ def wandb_logger(
     Raises:
         OrnsteinError: for a ``mode`` that does not exist.
     """
-    wanted = mode or os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
-    wanted = {"dryrun": "offline", "run": "online"}.get(wanted, wanted)
-    if wanted not in _MODES:
-        raise OrnsteinError(f"W&B's mode is one of {', '.join(_MODES)}, not {wanted!r}: set logger.wandb.mode")
+    wanted = check_wandb_mode(mode) or ("online" if has_credentials() else "offline")
     if wanted == "online" and not has_credentials():
         wanted = "offline"
     if wanted == "offline":

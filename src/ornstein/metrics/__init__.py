@@ -3,8 +3,7 @@
 Names load on first use: torchmetrics takes seconds to import.
 """
 
-import importlib
-from typing import Any
+from ornstein.lazy import lazy_names
 
 _HOME = {
     "ClassifierFeatures": "classifier",
@@ -18,6 +17,8 @@ _HOME = {
     "RealFloor": "floor",
     "ReferenceStatistics": "reference",
     "WeightsMissing": "inception",
+    "check_features_name": "features",
+    "check_metric_numbers": "generative",
     "clip_at_hand": "clip_score",
     "compute_statistics": "reference",
     "extract": "images",
@@ -32,15 +33,4 @@ _HOME = {
     "reference_statistics": "reference",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module that a public name lives in, and give the name."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    """The public names, loaded or not."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -123,6 +123,21 @@ def fingerprint_of(state: Mapping[str, Tensor], *, preparation: str) -> str:
     return digest.hexdigest()
 
 
+FEATURE_SPACES = ("digits", "mnist", "fashion_mnist", "inception", "none")
+
+
+def check_features_name(name: str | None) -> None:
+    """Refuses a name that :func:`features_by_name` does not know (None is ``none``).
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in (None, *FEATURE_SPACES):
+        raise OrnsteinError(
+            f"unknown metric features {name!r}; set data.features (or metrics=) to one of {', '.join(FEATURE_SPACES)}."
+        )
+
+
 def features_by_name(name: str | None, **options: Any) -> FeatureExtractor | None:
     """The extractor called ``name``: digits, mnist, fashion_mnist or inception; None for ``none`` (or None).
 
@@ -133,18 +148,14 @@ def features_by_name(name: str | None, **options: Any) -> FeatureExtractor | Non
         WeightsMissing: for ``inception``, where its weights are neither at hand nor can be downloaded.
         ValueError: for an unknown name.
     """
+    check_features_name(name)
+    if name is None or name == "none":
+        return None
     from ornstein.metrics.classifier import ClassifierFeatures, DigitsFeatures
     from ornstein.metrics.inception import InceptionFeatures
 
-    if name is None or name == "none":
-        return None
     if name == "digits":
         return DigitsFeatures(**options)
     if name in ("mnist", "fashion_mnist"):
         return ClassifierFeatures(name, **options)
-    if name == "inception":
-        return InceptionFeatures(**options)
-    raise OrnsteinError(
-        f"unknown metric features {name!r}; set data.features (or metrics=) to one of "
-        "digits, mnist, fashion_mnist, inception, none."
-    )
+    return InceptionFeatures(**options)

@@ -35,6 +35,32 @@ class _Given(nn.Module):
         return features
 
 
+def check_metric_numbers(
+    *,
+    num_samples: int | None = None,
+    kid_subsets: int = 1,
+    kid_subset_size: int = 1,
+    inception_splits: int | None = None,
+    **others: Any,
+) -> None:
+    """Checks the numbers among the arguments of :class:`GenerativeMetrics`; ``others`` are none.
+
+    Raises:
+        ValueError: names the option as it is typed, its value and what it must be.
+    """
+    counts = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
+    if inception_splits is not None:
+        counts["inception_splits"] = inception_splits
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise OrnsteinError(f"metrics.{name}={value} must be a whole number, at least 1.")
+    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 0 or num_samples == 1):
+        raise OrnsteinError(
+            f"metrics.num_samples={num_samples}: figures need at least 2 images; 0 is for none, null for the feature "
+            "space's own number."
+        )
+
+
 class GenerativeMetrics:
     """Accumulates generated images batch by batch and scores them against real ones.
 
@@ -58,7 +84,7 @@ class GenerativeMetrics:
             score and one logged line.
         seed: of the draws of KID and IS.
 
-    Raises: ValueError if there is no extractor, or no logits where only they would do.
+    Raises: ValueError if there is no extractor, or for numbers out of their range.
     """
 
     def __init__(
@@ -80,6 +106,12 @@ class GenerativeMetrics:
                 "generative metrics need a feature space; choose metrics=digits, mnist, fashion_mnist or inception, "
                 "or switch the metrics callback off with metrics=none."
             )
+        check_metric_numbers(
+            num_samples=num_samples,
+            kid_subsets=kid_subsets,
+            kid_subset_size=kid_subset_size,
+            inception_splits=inception_splits,
+        )
         from torchmetrics import MeanMetric, Metric, SumMetric
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.inception import InceptionScore
@@ -117,6 +149,7 @@ class GenerativeMetrics:
         if label_accuracy and features.num_classes is not None:
             self._metrics["label_accuracy"] = MeanMetric(compute_with_cache=False)
         self._settings = {
+            "num_features": features.num_features,
             "kid_subsets": kid_subsets if kid else None,
             "kid_subset_size": kid_subset_size if kid else None,
             "inception_splits": self._splits if "inception_score" in self._metrics else None,

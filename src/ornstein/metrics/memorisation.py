@@ -4,6 +4,7 @@ A generator that copies is nearer to its training images than fresh real images 
 images are the yardstick: of samples as good and as varied as they, 5 % lie below their 5th percentile.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PERCENTILE = 5.0
+# Of the picture: as training's grids look.
+_GAP, _HEADING = 2, 14
+_GROUND, _INK = (32, 32, 36), (235, 235, 235)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,23 +144,29 @@ def neighbour_grid(
         path: also write a PNG there.
         scale: whole enlargement of the pixels; None makes an image about 64 pixels wide.
 
-    Returns: an RGB image of Pillow, a white gap between the samples and their neighbours.
+    Returns: an RGB image of Pillow on a dark ground, a heading over the samples and one over their neighbours.
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageFont
 
     height, width = samples.shape[-2:]
     factor = scale if scale is not None else max(1, round(64 / width))
-    gap = max(2, factor)
-    columns = neighbours.shape[1]
-    cell = (width * factor, height * factor)
-    size = ((columns + 1) * (cell[0] + gap) + 3 * gap, len(samples) * (cell[1] + gap) + gap)
-    canvas = Image.new("RGB", size, "white")
+    font = ImageFont.load_default(_HEADING)
+    heads = ("sample", "nearest training images, nearest first")
+    step = (width * factor + _GAP, height * factor + _GAP)
+    top = 2 * _HEADING
+    # The samples stand apart; both headings fit, however small the images.
+    second = max(step[0], math.ceil(font.getlength(heads[0]))) + 12
+    right = second + max(neighbours.shape[1] * step[0], math.ceil(font.getlength(heads[1])) + _GAP)
+    canvas = Image.new("RGB", (_GAP + right, top + len(samples) * step[1] + _GAP), _GROUND)
+    draw = ImageDraw.Draw(canvas)
+    for left, head in zip((_GAP, _GAP + second), heads, strict=True):
+        draw.text((left, top / 2), head, fill=_INK, font=font, anchor="lm")
     for row, sample in enumerate(samples):
         pictures: Sequence[Tensor] = [sample, *training[neighbours[row].cpu()]]
         for column, picture in enumerate(pictures):
-            left = gap + column * (cell[0] + gap) + (2 * gap if column else 0)
-            tile = _picture(picture).resize(cell, Image.Resampling.NEAREST)
-            canvas.paste(tile, (left, gap + row * (cell[1] + gap)))
+            left = _GAP + (second + (column - 1) * step[0] if column else 0)
+            tile = _picture(picture).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            canvas.paste(tile, (left, top + row * step[1]))
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         canvas.save(path, format="PNG")

@@ -41,7 +41,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-class SelfAttention2d(nn.Module):
+class _Attention2d(nn.Module):
+    """What both kinds have: a norm, one projection to queries, keys and values, and one back."""
+
+    def __init__(
+        self, channels: int, *, groups: int, heads: int | None, head_dim: int | None, bias: bool, zero_out: bool
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim = resolve_heads(channels, heads=heads, head_dim=head_dim)
+        inner = self.heads * self.head_dim
+        self.norm = nn.GroupNorm(groups, channels)
+        self.qkv = nn.Conv2d(channels, 3 * inner, 1, bias=bias)
+        self.out = nn.Conv2d(inner, channels, 1)
+        if zero_out:
+            zero_init(self.out)
+
+
+class SelfAttention2d(_Attention2d):
     """Residual self-attention among all positions: `x + out(attention(norm(x)))`, `(B, C, H, W)` both ways.
 
     Memory-efficient kernels do the work (`scaled_dot_product_attention`). The output projection starts at
@@ -58,12 +74,7 @@ class SelfAttention2d(nn.Module):
         bias: bool = True,
     ) -> None:
         """Make the module; `resolve_heads` describes `heads` and `head_dim`; `bias` is q, k and v's."""
-        super().__init__()
-        self.heads, self.head_dim = resolve_heads(channels, heads=heads, head_dim=head_dim)
-        inner = self.heads * self.head_dim
-        self.norm = nn.GroupNorm(groups, channels)
-        self.qkv = nn.Conv2d(channels, 3 * inner, 1, bias=bias)
-        self.out = zero_init(nn.Conv2d(inner, channels, 1))
+        super().__init__(channels, groups=groups, heads=heads, head_dim=head_dim, bias=bias, zero_out=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend among the `H * W` positions of `x (B, C, H, W)`."""
@@ -75,7 +86,7 @@ class SelfAttention2d(nn.Module):
         return x + self.out(y)
 
 
-class LinearAttention2d(nn.Module):
+class LinearAttention2d(_Attention2d):
     r"""Residual attention whose cost grows linearly with the number of positions.
 
     .. math:: y = \mathrm{softmax}_d(q)\,\bigl(\mathrm{softmax}_n(k)^\top v\bigr) / \sqrt d
@@ -95,15 +106,8 @@ class LinearAttention2d(nn.Module):
         post_norm: bool = False,
     ) -> None:
         """Make the module; `heads` and `head_dim` are described at `resolve_heads`."""
-        super().__init__()
-        self.heads, self.head_dim = resolve_heads(channels, heads=heads, head_dim=head_dim)
-        inner = self.heads * self.head_dim
-        self.norm = nn.GroupNorm(groups, channels)
-        self.qkv = nn.Conv2d(channels, 3 * inner, 1, bias=False)
-        self.out = nn.Conv2d(inner, channels, 1)
+        super().__init__(channels, groups=groups, heads=heads, head_dim=head_dim, bias=False, zero_out=not post_norm)
         self.post_norm = nn.GroupNorm(1, channels) if post_norm else nn.Identity()
-        if not post_norm:
-            zero_init(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend among the `H * W` positions of `x (B, C, H, W)`."""

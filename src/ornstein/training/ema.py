@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, as a second network that training never touches."""
+"""Exponential moving average of the weights, as a second network (and learned schedule) that training never touches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from ornstein.diffusion.schedules import NoiseSchedule
 from ornstein.errors import OrnsteinError
+from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 
 
@@ -18,7 +20,8 @@ class EMA(pl.Callback):
 
     The rate warms up, :math:`d_n = \min(\text{decay}, (1 + n)/(10 + n))`, so that the first weights are forgotten soon
     (TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``, which Ho et al. 2020's code uses with 0.9999).
-    The averages live in a copy of the network: nothing is swapped, so no checkpoint can hold them as the model's.
+    The averages live in a copy of the network: nothing is swapped, so no checkpoint can hold them as the model's. A
+    schedule that has parameters of its own (VDM's) is averaged beside the network that learned under it.
 
     Args:
         decay: in [0, 1).
@@ -30,35 +33,44 @@ class EMA(pl.Callback):
     """
 
     def __init__(self, *, decay: float = 0.9999, warmup: bool = True, every: int = 1) -> None:
-        if not 0 <= decay < 1 or every < 1:
-            raise OrnsteinError(f"ema.decay={decay} must lie in [0, 1) and ema.every={every} be at least 1.")
+        check_limits("EMA", decay=decay, every=every)
         self.decay, self.warmup, self.every = decay, warmup, every
         self.updates = 0
         self.network: nn.Module | None = None
+        self.schedule: NoiseSchedule | None = None
         self._last_step = -1
-        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._averaged: list[Tensor] = []
+        self._current: list[Tensor] = []
 
     def current_decay(self) -> float:
         """The rate that the next update uses."""
         return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Copies the network before any checkpoint is loaded into the copy."""
+        """Copies what is averaged before any checkpoint is loaded into the copies."""
         if stage != "fit" or self.network is not None:
             return
         if not isinstance(pl_module, DiffusionModule):
             raise OrnsteinError("EMA averages the network of a DiffusionModule.")
         self.network = copy.deepcopy(pl_module.network).requires_grad_(False).eval()
         pl_module.__dict__["averaged_network"] = self.network
+        if next(pl_module.schedule.parameters(), None) is not None:
+            self.schedule = copy.deepcopy(pl_module.schedule).requires_grad_(False).eval()
+            pl_module.__dict__["averaged_schedule"] = self.schedule
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the averages to the device and pairs each with its weight, once."""
         assert self.network is not None and isinstance(pl_module, DiffusionModule)
-        self.network.to(pl_module.device)
-        averaged = [*self.network.parameters(), *self.network.buffers()]
-        current = [*pl_module.network.parameters(), *pl_module.network.buffers()]
-        floating = [(a, c.detach()) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
-        self._pairs = [([a for a, _ in floating], [c for _, c in floating])]
+        copies: list[tuple[nn.Module, nn.Module]] = [(self.network, pl_module.network)]
+        if self.schedule is not None:
+            copies.append((self.schedule, pl_module.schedule))
+        self._averaged, self._current = [], []
+        for average, trained in copies:
+            average.to(pl_module.device)
+            averaged, current = _tensors(average), _tensors(trained)
+            floating = [(a, c.detach()) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
+            self._averaged += [a for a, _ in floating]
+            self._current += [c for _, c in floating]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes up the count where a checkpoint left it, which ``on_fit_start`` does not know yet."""
@@ -72,17 +84,24 @@ class EMA(pl.Callback):
         if trainer.global_step == self._last_step or trainer.global_step % self.every:
             return
         self._last_step = trainer.global_step
-        weight = 1 - self.current_decay()
-        for averaged, current in self._pairs:
-            torch._foreach_lerp_(averaged, current, weight)
+        torch._foreach_lerp_(self._averaged, self._current, 1 - self.current_decay())
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages and their counter."""
-        return {"updates": self.updates, "network": {} if self.network is None else self.network.state_dict()}
+        """Averages and their counter; ``schedule`` only where there is one to average."""
+        averages = {"network": {} if self.network is None else self.network.state_dict()}
+        if self.schedule is not None:
+            averages["schedule"] = self.schedule.state_dict()
+        return {"updates": self.updates, **averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes averages and counter back; ``setup`` has made the copy by then."""
+        """Takes averages and counter back; ``setup`` has made the copies by then."""
         self.updates = int(state_dict["updates"])
         if self.network is not None:
             self.network.load_state_dict(state_dict["network"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state_dict["schedule"])
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

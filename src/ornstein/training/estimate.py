@@ -33,7 +33,7 @@ class Cost:
 
 
 def measure_cost(module: DiffusionModule, batch: dict[str, Any]) -> Cost:
-    """Runs one micro-batch forward and backward twice, and leaves no gradient and no count behind.
+    """Runs one micro-batch forward and backward twice, and leaves no gradient, no count and no buffer changed behind.
 
     Training reseeds every step, so that nothing here changes what the run will draw.
     """
@@ -41,6 +41,8 @@ def measure_cost(module: DiffusionModule, batch: dict[str, Any]) -> Cost:
     module.train()
     module.codec.eval()
     counters = module.micro_batches_seen, module.images_seen
+    # An objective may keep a history of losses, a network running means.
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -56,10 +58,13 @@ def measure_cost(module: DiffusionModule, batch: dict[str, Any]) -> Cost:
     _synchronise(module.device)
     seconds = time.perf_counter() - started
     module.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
     module.micro_batches_seen, module.images_seen = counters
     module.last_output = None
     module.train(was_training)
-    parameters = count_parameters(module.network)
+    parameters = count_parameters(module, trainable=True)
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     activations = sum(size for pointer, size in kept.items() if pointer not in weights)
     return Cost(parameters, forward_flops(module), parameters * 4 * 5, activations, seconds)

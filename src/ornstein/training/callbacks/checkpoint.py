@@ -13,10 +13,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from ornstein.errors import OrnsteinError
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.callbacks.nonfinite import NonFiniteGuard
 from ornstein.training.callbacks.progress import progress_task
+from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.record import due
 
@@ -59,13 +59,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         keep_best: int = 1,
         keep_every: bool = False,
     ) -> None:
-        if any(interval is not None and interval < 1 for interval in (every, every_images)) or keep_best < 0:
-            raise OrnsteinError(
-                f"callbacks.checkpoint: every={every} and every_images={every_images} must be at least 1 "
-                f"or null, and keep_best={keep_best} not negative."
-            )
-        if mode not in ("min", "max"):
-            raise OrnsteinError(f"callbacks.checkpoint.mode={mode!r} is unknown: choose min or max.")
+        check_limits("Checkpoint", every=every, every_images=every_images, mode=mode, keep_best=keep_best)
         self.folder = Path(run_dir) / "checkpoints"
         self.every, self.every_images = every, every_images
         self.monitor, self.mode = monitor, mode

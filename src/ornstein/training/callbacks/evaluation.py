@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 
-from ornstein.errors import OrnsteinError
 from ornstein.training import scoring
 from ornstein.training.callbacks.lookup import data_of
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
+from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.record import record
 
@@ -63,12 +63,8 @@ class GenerativeEvaluation(Periodic):
         batch_size: int = 256,
         at_end: bool = True,
     ) -> None:
+        check_limits("GenerativeEvaluation", every=every, num_samples=num_samples, batch_size=batch_size)
         super().__init__(every=every, at_end=at_end)
-        if batch_size < 1 or (num_samples is not None and num_samples < 0):
-            raise OrnsteinError(
-                f"callbacks.evaluation: num_samples={num_samples} must not be negative and "
-                f"batch_size={batch_size} be at least 1."
-            )
         self.path = Path(run_dir) / "evaluation.json"
         self.num_samples, self.seed, self.batch_size = num_samples, seed, batch_size
         self._factory = metrics if num_samples != 0 else None

@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from ornstein.errors import OrnsteinError
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.callbacks.throughput import Throughput
 from ornstein.training.ema import EMA
+from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.record import due, record
 
@@ -44,8 +44,7 @@ class TrainingLog(pl.Callback):
     """
 
     def __init__(self, *, every: int = 10, levels_every: int | None = 100) -> None:
-        if every < 1 or (levels_every is not None and levels_every < 1):
-            raise OrnsteinError(f"callbacks.log.every={every} and levels_every={levels_every} count steps: at least 1.")
+        check_limits("TrainingLog", every=every, levels_every=levels_every)
         self.every, self.levels_every = every, levels_every
         self._seen = -1
         self._losses = _Sum(1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ornstein.errors import OrnsteinError
 from ornstein.training.callbacks.lookup import callbacks_of
+from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.record import due
 
@@ -32,8 +33,7 @@ class NonFiniteGuard(pl.Callback):
     """
 
     def __init__(self, *, every: int = 10) -> None:
-        if every < 1:
-            raise OrnsteinError(f"callbacks.nonfinite.every={every} counts steps: at least 1.")
+        check_limits("NonFiniteGuard", every=every)
         self.every = every
         self._indices: Tensor | None = None
         # (1 + _NAMED,): step of the first bad loss, or -1, then the first indices of its batch.

@@ -8,11 +8,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from ornstein.errors import OrnsteinError
 from ornstein.training.callbacks.lookup import data_of
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
 from ornstein.training.callbacks.show import show_image
+from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.pictures import image_grid, near_square, save_png
 
@@ -48,11 +48,15 @@ class SampleGrid(Periodic):
         batch_size: int = 256,
         at_end: bool = True,
     ) -> None:
+        check_limits(
+            "SampleGrid",
+            every=every,
+            samples_per_class=samples_per_class,
+            max_classes=max_classes,
+            num_samples=num_samples,
+            batch_size=batch_size,
+        )
         super().__init__(every=every, at_end=at_end)
-        if min(samples_per_class, max_classes, num_samples, batch_size) < 1:
-            raise OrnsteinError(
-                "callbacks.sample_grid: samples_per_class, max_classes, num_samples and batch_size are at least 1."
-            )
         self.folder = Path(run_dir) / "samples"
         self.samples_per_class, self.max_classes, self.num_samples = (
             samples_per_class,

@@ -8,16 +8,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from PIL import Image
 
+from ornstein.training.callbacks.show import show_image
 from ornstein.training.module import DiffusionModule
+from ornstein.training.pictures import save_png
 
 _POINTS = 400
 _SHOWN_LOG_SNR = 12.0  # beyond, images hold no noise that 8 bits show, or no signal
 
 
 class SchedulePlot(pl.Callback):
-    """Draws ``schedule.png`` before the first step: scales and log-SNR over time, the density of training
-    times, and the effective weight of the loss over log-SNR (per unit of log-SNR, on the squared error of x0,
+    """Draws ``schedule.png`` before the first step, for the loggers too: scales and log-SNR over time, the density of
+    training times, and the effective weight of the loss over log-SNR (per unit of log-SNR, on the squared error of x0,
     density included).
 
     About a second of matplotlib, which is imported here only; a run that goes on keeps the picture it has.
@@ -33,17 +36,14 @@ class SchedulePlot(pl.Callback):
         """Draws it, on the first rank."""
         assert isinstance(pl_module, DiffusionModule)
         if trainer.is_global_zero and not self.path.exists():
-            plot_schedule(pl_module, self.path)
+            show_image(trainer, "schedule", plot_schedule(pl_module, self.path))
 
 
 @torch.no_grad()
-def plot_schedule(module: DiffusionModule, path: Path) -> None:
-    """Writes the picture of ``module``'s schedule and objective as a PNG."""
+def plot_schedule(module: DiffusionModule, path: Path) -> Image.Image:
+    """The picture of ``module``'s schedule and objective, written as a PNG too."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
-
-    from ornstein.training.pictures import save_png
 
     schedule, objective = module.schedule, module.objective
     device = next((p.device for p in schedule.parameters()), torch.device("cpu"))
@@ -83,7 +83,9 @@ def plot_schedule(module: DiffusionModule, path: Path) -> None:
         f"effective loss weighting ({objective.parameterization.name})",
     )
     canvas.draw()
-    save_png(Image.fromarray(_pixels(canvas)).convert("RGB"), path)
+    picture = Image.fromarray(_pixels(canvas)).convert("RGB")
+    save_png(picture, path)
+    return picture
 
 
 def _draw(axis: Any, x: torch.Tensor, y: torch.Tensor, *, label: str | None = None, fill: bool = False) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ornstein.diffusion.samplers.base import State
 from ornstein.diffusion.schedules import Level
-from ornstein.errors import OrnsteinError
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
 from ornstein.training.callbacks.sample_grid import GridLayout, grid_layout
 from ornstein.training.callbacks.show import show_animation, show_image
 from ornstein.training.generate import to_uint8
+from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.pictures import image_grid, readable_scale, save_gif, save_png, strip
 
@@ -57,13 +57,17 @@ class Trajectory(Periodic):
         seed: int = 0,
         at_end: bool = True,
     ) -> None:
+        check_limits(
+            "Trajectory",
+            every=every,
+            samples_per_class=samples_per_class,
+            max_classes=max_classes,
+            num_samples=num_samples,
+            strip_samples=strip_samples,
+            strip_steps=strip_steps,
+            frames=frames,
+        )
         super().__init__(every=every, at_end=at_end)
-        counts = (samples_per_class, max_classes, num_samples, strip_samples)
-        if min(counts) < 1 or min(strip_steps, frames) < 2:
-            raise OrnsteinError(
-                "callbacks.trajectory: samples_per_class, max_classes, num_samples and strip_samples are at "
-                "least 1, strip_steps and frames at least 2."
-            )
         self.folder = Path(run_dir) / "samples"
         self.samples_per_class, self.max_classes = samples_per_class, max_classes
         self.num_samples, self.strip_samples = num_samples, strip_samples

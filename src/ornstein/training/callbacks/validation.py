@@ -8,6 +8,7 @@ import torch
 from ornstein.training.callbacks.lookup import data_of
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
+from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.record import record
 
@@ -23,10 +24,11 @@ class Validation(Periodic):
         max_batches: of the held-out split, from its start; null is all.
 
     Raises:
-        OrnsteinError: every < 1.
+        OrnsteinError: a number < 1.
     """
 
     def __init__(self, *, every: int | None = 250, max_batches: int | None = None) -> None:
+        check_limits("Validation", every=every, max_batches=max_batches)
         super().__init__(every=every, at_end=every is not None)
         self.max_batches = max_batches
 

@@ -1,0 +1,90 @@
+"""The numbers that averages and callbacks take, in one table that needs neither torch nor Lightning.
+
+Constructors check themselves by it; so does whoever looks at a config before Lightning is imported, which takes
+seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ornstein.errors import OrnsteinError
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _whole(least: int) -> Rule:
+    return (
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        f"a whole number, at least {least}",
+    )
+
+
+def _or_null(rule: Rule) -> Rule:
+    test, words = rule
+    return lambda value: value is None or test(value), f"{words}, or null"
+
+
+def _choice(*options: str) -> Rule:
+    return lambda value: value in options, " or ".join(options)
+
+
+_EVERY = _whole(1)
+_EVERY_OR_NEVER = _or_null(_EVERY)
+_RATE: Rule = (lambda value: isinstance(value, int | float) and 0 <= value < 1, "a number in [0, 1)")
+
+# Class -> what its options are called on the command line, and the rule of each.
+LIMITS: Mapping[str, tuple[str, Mapping[str, Rule]]] = {
+    "EMA": ("ema", {"decay": _RATE, "every": _EVERY}),
+    "NonFiniteGuard": ("callbacks.nonfinite", {"every": _EVERY}),
+    "TrainingLog": ("callbacks.log", {"every": _EVERY, "levels_every": _EVERY_OR_NEVER}),
+    "Validation": ("callbacks.validation", {"every": _EVERY_OR_NEVER, "max_batches": _or_null(_whole(1))}),
+    "SampleGrid": (
+        "callbacks.sample_grid",
+        {
+            "every": _EVERY_OR_NEVER,
+            "samples_per_class": _whole(1),
+            "max_classes": _whole(1),
+            "num_samples": _whole(1),
+            "batch_size": _whole(1),
+        },
+    ),
+    "Trajectory": (
+        "callbacks.trajectory",
+        {
+            "every": _EVERY_OR_NEVER,
+            "samples_per_class": _whole(1),
+            "max_classes": _whole(1),
+            "num_samples": _whole(1),
+            "strip_samples": _whole(1),
+            "strip_steps": _whole(2),
+            "frames": _whole(2),
+        },
+    ),
+    "GenerativeEvaluation": (
+        "callbacks.evaluation",
+        {"every": _EVERY_OR_NEVER, "num_samples": _or_null(_whole(0)), "batch_size": _whole(1)},
+    ),
+    "Checkpoint": (
+        "callbacks.checkpoint",
+        {
+            "every": _EVERY_OR_NEVER,
+            "every_images": _EVERY_OR_NEVER,
+            "mode": _choice("min", "max"),
+            "keep_best": _whole(0),
+        },
+    ),
+}
+
+
+def check_limits(name: str, /, **options: Any) -> None:
+    """Checks those of ``options`` that the class called ``name`` has a rule for; classes unknown here pass.
+
+    Raises:
+        OrnsteinError: names the option as it is typed, its value and what it must be.
+    """
+    key, rules = LIMITS.get(name, ("", {}))
+    for option, (test, words) in rules.items():
+        if option in options and not test(options[option]):
+            raise OrnsteinError(f"{key}.{option}={options[option]} must be {words}.")
