@@ -236,7 +236,10 @@ def test_every_cell_of_model_schedule_objective(compose, nodes, model):
     schedules, objectives = nodes
     assert set(MODELS) == set(options_of(CONF / "model"))
     refused, meaningless = [], []
-    for schedule, objective in product(SCHEDULES, OBJECTIVES):
+    cells = list(product(SCHEDULES, OBJECTIVES))
+    if model not in ("class_unet", "latent_unet"):  # only pixels or latents matters to a cell: each option once
+        cells = [(s, o) for s, o in cells if s == "cosine" or o == "v"]
+    for schedule, objective in cells:
         cfg.scheduler, cfg.objective = schedules[schedule], objectives[objective]
         try:
             validate(cfg)

@@ -262,7 +262,7 @@ def test_what_cannot_be_resumed_is_refused_and_left_alone(compose, tiny, tmp_pat
 
 def test_a_learned_schedule_comes_back_with_the_weights_that_learned_under_it(compose, tiny, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    settings = [*tiny(), "scheduler=vdm_learned", "lr_schedule=constant"]
+    settings = [*tiny(), "scheduler=vdm_learned", "objective=vdm", "lr_schedule=constant"]
     train(compose(*settings, "trainer.max_steps=6", run_dir=whole))
     train(compose(*settings, run_dir=folder))
     resume_here(compose, folder, "trainer.max_steps=6")
