@@ -191,7 +191,12 @@ def options_of(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-GROUPS = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir() and options_of(path))
+# likelihood is an option of evaluate.py alone: tests/cli/test_likelihood_cli.py.
+GROUPS = sorted(
+    str(path.relative_to(CONF))
+    for path in CONF.rglob("*")
+    if path.is_dir() and options_of(path) and path.name != "likelihood"
+)
 OPTIONS = [(group, option) for group in GROUPS for option in options_of(CONF / group)]
 # What an option cannot do without.
 NEEDS = {

@@ -194,7 +194,7 @@ def test_labels_pick_components() -> None:
 def test_labels_reach_the_denoiser_through_guidance() -> None:
     mixture, level = labelled(), Cosine().level(0.5)
     x, label = draw(4, 2), torch.tensor([0, 1, 0, 1])
-    null = torch.full_like(label, mixture.classes)
+    null = mixture.null(label)
     denoiser = mixture.denoiser(Cosine(), V()).bind({"label": label})
     guided = ClassifierFree(scale=3.0)(denoiser, {"label": null})(x, 0.5)
     cond, uncond = (mixture.posterior_mean(x, level, label=v) for v in (label, null))

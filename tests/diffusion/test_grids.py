@@ -147,6 +147,25 @@ def test_exponential_and_log_snr_are_even_in_log_snr() -> None:
         torch.testing.assert_close(steps, steps.mean().expand_as(steps))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_log_snr_between_two_times(schedule: NoiseSchedule, steps: int) -> None:
+    grid = make_grid(LogSNR(t_max=0.9, t_min=0.1, from_noise=False, to_data=False), schedule, steps)
+    assert grid.steps == steps
+    assert (grid[0].t, grid[-1].t) == (0.9, 0.1)
+    found = [2 * math.log(level.alpha / level.sigma) for level in grid.levels]
+    first, last = (float(schedule.log_snr(torch.tensor(t, dtype=F64))) for t in (0.9, 0.1))
+    expected = [first + i / steps * (last - first) for i in range(steps + 1)]
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)  # as near as time() inverts log_snr()
+
+
+def test_each_end_of_log_snr_alone() -> None:
+    noisy = make_grid(LogSNR(t_max=0.9, t_min=0.1, to_data=False), Linear(), 5)
+    assert (noisy[0].t, noisy[-1].t) == (1.0, 0.1)
+    clean = make_grid(LogSNR(t_max=0.9, t_min=0.1, from_noise=False), Linear(), 5)
+    assert (clean[0].t, clean[-1].t) == (0.9, 0.0)
+    assert clean[-2].t == pytest.approx(0.1)
+
+
 def test_listed_indices_are_table_points_as_given() -> None:
     times = [level.t for level in make_grid(Listed(AYS), Linear(), 10).levels]
     assert times == [*((i + 1) / 1000 for i in AYS[:-1]), 0.0]
@@ -224,6 +243,8 @@ class Fixed:
         (lambda: Quadratic(power=0.0), "sampler.grid.power=0.0 must be positive"),
         (lambda: Shifted(shift=-1.0), "sampler.grid.shift=-1.0 must be positive"),
         (lambda: Beta(a=0.0), "sampler.grid.a=0.0 and sampler.grid.b=0.6 must be positive"),
+        (lambda: LogSNR(to_zero=True, to_data=False), "sampler.grid.to_zero=true goes beyond t = 0"),
+        (lambda: make_grid(LogSNR(t_min=0.9995), Linear(), 5), "5 strictly falling|6 strictly falling"),
         (lambda: Karras(rho=0.0), "sampler.grid.rho=0.0 must be positive"),
         (lambda: Karras(u_min=90.0), "sampler.grid.u_min=90.0 and sampler.grid.u_max=80.0 must satisfy"),
         (lambda: Exponential(u_min=0.0), "sampler.grid.u_min=0.0 and sampler.grid.u_max=80.0 must satisfy"),

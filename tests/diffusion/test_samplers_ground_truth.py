@@ -13,7 +13,7 @@ from ornstein.diffusion.parameterizations import Parameterization, V
 from ornstein.diffusion.samplers import DDIM, Heun
 from ornstein.diffusion.schedules import EDM, Cosine, Flow, Linear, NoiseSchedule
 
-from .test_convergence import FiniteLogSNR, positions, walk
+from .test_convergence import finite, positions, walk
 
 F64 = torch.float64
 
@@ -25,7 +25,7 @@ def test_rescheduled_denoiser_follows_the_other_schedule(
     gaussian: GaussianMixture, parameterization: Parameterization, trained_on, sampled_on, make
 ) -> None:
     own, other = trained_on(), sampled_on()
-    grid = make_grid(FiniteLogSNR(), other, 40)
+    grid = make_grid(finite(other), other, 40)
     x = positions(gaussian, grid[0])
     moved = walk(make(40), Rescheduled(gaussian.denoiser(own, parameterization), other), grid, x)
     direct = walk(make(40), gaussian.denoiser(other, V()), grid, x)

@@ -81,7 +81,7 @@ def store_run(config: dict[str, Any]) -> None:
     for group in RUN_GROUPS:
         node = dict(config.get(group) or {})
         store.store(group=group, name="run", node=node)
-    own = ("task", "paths", "resume", "seed", "checkpoint", "hydra", *RUN_GROUPS)
+    own = ("task", "paths", "resume", "seed", "checkpoint", "hydra", "likelihood", *RUN_GROUPS)
     store.store(name="run_base", node={key: value for key, value in config.items() if key not in own})
 
 

@@ -128,7 +128,7 @@ def _check_objective(objective: Any, schedule: Any, cfg: DictConfig, choices: di
     if getattr(objective, "last", None) == "discrete" and not cfg.codec._target_.endswith("Identity"):
         raise OrnsteinError(
             f"objective={choices.get('objective', 'vlb')} ends in the likelihood of 8-bit pixels and "
-            f"codec={choices.get('codec', 'kl')} diffuses latents: set objective.last=gaussian, or choose a pixel model."
+            f"codec={choices.get('codec', 'kl')} diffuses latents: set objective.last=gaussian, or take a pixel model."
         )
 
 

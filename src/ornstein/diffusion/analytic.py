@@ -51,7 +51,7 @@ class GaussianMixture(nn.Module):
             the number of classes, which is what a conditioner gives for a dropped label, picks all.
         covariances: (K, D, D) symmetric positive definite over the flattened elements, instead of ``stds``.
 
-    Source: Bishop 2006, "Pattern recognition and machine learning", eqs. 2.113-2.117, component by component.
+    Source: Bishop 2006, "Pattern recognition and machine learning", section 2.3.3, component by component.
     When: judging anything that samples, guides or scores against what is exactly right.
 
     Raises:
@@ -107,6 +107,10 @@ class GaussianMixture(nn.Module):
     def classes(self) -> int:
         """The number of classes: also the label that stands for none."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
+
+    def null(self, label: Tensor) -> Tensor:
+        """The null class for each ``label`` (B,), as a conditioner gives it for a dropped one: all components."""
+        return torch.full_like(label, self.classes)
 
     def sample(self, size: int, *, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """(size, *shape) draws; of the classes in ``label`` (size,) where it is given."""

@@ -28,7 +28,7 @@ class BrownianPath:
     2 ``levels`` normals a value, where fresh noise costs one.
 
     Any strictly monotone clock will do; t itself is bounded on every schedule.
-    Source: Lévy 1948; Li et al. 2020 (arXiv 2001.01328), section 4 and algorithm 3.
+    Source: Lévy 1948; Li et al. 2020 (arXiv 2001.01328), section 4.
     When: comparing SDE samplers or step counts on the same noise.
 
     Args:

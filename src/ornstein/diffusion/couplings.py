@@ -51,7 +51,7 @@ class MinibatchOT:
     skewed toward that class, slightly so at large batches. Each rank pairs its own batch; the assignment
     is solved on the CPU in O(B^3) and costs a synchronisation of the device.
 
-    Source: Tong et al. 2024 (arXiv 2302.00482), section 3.2.2; Pooladian et al. 2023 (arXiv 2304.14772), section 3.
+    Source: Tong et al. 2024 (arXiv 2302.00482), section 3.2; Pooladian et al. 2023 (arXiv 2304.14772), section 3.
     When: unconditional flow matching meant for few deterministic steps.
     """
 

@@ -80,7 +80,7 @@ class UniformTime(_Stratified):
         t_min: keeps draws away from sigma = 0; the first of T = 1000 steps unless given.
         low_discrepancy: one draw in each of B strata; ``"shared"`` with one jitter for all.
 
-    Source: Kingma et al. 2021 (arXiv 2107.00630), section 4 and appendix I.1.
+    Source: Kingma et al. 2021 (arXiv 2107.00630), section 5.3 and appendix I.1.
     When: the default, and whenever losses are to be compared with a paper's.
 
     Raises:
@@ -189,7 +189,7 @@ class ModeTime(_Stratified):
 
     .. math:: t = 1 - u - s \left(\cos^2\left(\tfrac{\pi}{2} u\right) - 1 + u\right), \quad u \sim U[0, 1]
 
-    Source: Esser et al. 2024 (arXiv 2403.03206), eq. 20.
+    Source: Esser et al. 2024 (arXiv 2403.03206), section 3.1.
     When: as logit_normal, but never starving the ends, whose density stays positive.
 
     Raises:
@@ -232,7 +232,7 @@ class LossAdaptiveTime(nn.Module):
     evaluation nothing is learnt and draws are uniform, so that validation losses compare over time. ``density`` is that
     of the expectation, so the objective's effective weighting does not move.
 
-    Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 18 (one bin a step there, history 10).
+    Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.3 (one bin a step there, history 10).
     When: objective=vlb, whose terms differ by orders of magnitude; otherwise the gain is small.
 
     Raises:

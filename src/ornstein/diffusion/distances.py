@@ -47,7 +47,7 @@ class Huber:
 
     .. math:: \tfrac12 (a-b)^2 \text{ if } |a-b| \le \delta, \text{ else } \delta (|a-b| - \tfrac12 \delta)
 
-    Source: Huber 1964, "Robust estimation of a location parameter", eq. 2.
+    Source: Huber 1964, "Robust estimation of a location parameter".
     When: data with outliers, or a start that plain L2 finds unstable.
 
     Raises:
@@ -70,7 +70,7 @@ class SmoothL1:
 
     .. math:: \tfrac{1}{2\beta} (a-b)^2 \text{ if } |a-b| < \beta, \text{ else } |a-b| - \tfrac12 \beta
 
-    Source: Girshick 2015 (arXiv 1504.08083), eq. 3, with torch's beta.
+    Source: Girshick 2015 (arXiv 1504.08083), section 2.3, with torch's beta.
     When: as huber, with a slope of 1 far out whatever beta is.
 
     Raises:
@@ -96,7 +96,7 @@ class PseudoHuber:
     A sample's mean over elements is this over d. ``c`` is 0.00054 sqrt(d) unless given, with which the loss is close to
     the Euclidean distance, not its square; large c tends to L2 over 2c.
 
-    Source: Song & Dhariwal 2023 (arXiv 2310.14189), eq. 7 and section 3.3.
+    Source: Song & Dhariwal 2023 (arXiv 2310.14189), section 3.3.
     When: consistency training, and heavy-tailed errors in general.
 
     Raises:

@@ -122,7 +122,7 @@ class V(Parameterization):
 class Velocity(Parameterization):
     r"""Flow velocity, :math:`dx_t/dt = \alpha'(t) x_0 + \sigma'(t) \epsilon`; on flow it is eps - x0.
 
-    Source: Lipman et al. 2023 (arXiv 2210.02747), eq. 20; Albergo et al. 2023 (arXiv 2303.08797), eq. 2.10.
+    Source: Lipman et al. 2023 (arXiv 2210.02747), section 4; Albergo et al. 2023 (arXiv 2303.08797), section 2.
     When: flow matching, with scheduler=flow; off it, the speed grows without bound where the schedule's does.
     """
 
@@ -151,7 +151,7 @@ class Score(Parameterization):
 
     Its output grows as 1/sigma, so it is for networks and studies that want the score itself; eps is the same, scaled.
 
-    Source: Song & Ermon 2019 (arXiv 1907.05600), eq. 2; Song et al. 2021 (arXiv 2011.13456), eq. 7.
+    Source: Song & Ermon 2019 (arXiv 1907.05600), section 4.2; Song et al. 2021 (arXiv 2011.13456), eq. 7.
     When: score-based models in their own terms: Langevin dynamics, reverse SDEs, energy-shaped networks.
     """
 
@@ -234,7 +234,7 @@ class LearnedVariance(Parameterization):
         mean: what the first half means.
         outputs: 2, for the network's config to read: its output channels over the data's.
 
-    Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15.
+    Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.1.
     When: likelihood, or few ancestral steps; needs an objective with a bound in it (hybrid, vlb).
 
     Raises:

@@ -34,8 +34,8 @@ class Prediction:
         x0: (B, *shape) predicted clean data.
         eps: (B, *shape) predicted noise.
         variance_fraction: (B, *shape) where a learned reverse variance stands between the posterior's (0) and the
-            forward kernel's (1), on the log scale (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15); None where the
-            network does not learn one.
+            forward kernel's (1), on the log scale (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1); None where
+            the network does not learn one.
         renoise_eps: (B, *shape) the noise direction that a step renoises with, where it is not ``eps`` (CFG++).
 
     Raises:

@@ -7,7 +7,7 @@ On a grid :math:`0 = t_0 < \dots < t_T = 1`, with :math:`s = t_{i-1}`, :math:`t 
 
 where the last term stands in for the last KL if sigma(0) = 0. Where sigma(0) > 0 (edm, ve, learned schedules) every
 step has its KL, and :func:`reconstruction_terms` follows. Source: Ho et al. 2020 (arXiv 2006.11239), eqs. 5-13; Kingma
-et al. 2021 (arXiv 2107.00630), eq. 11 and appendices A and B.
+et al. 2021 (arXiv 2107.00630), eq. 11 and appendix A.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def vlb_terms(
         t, s: the levels, both floats, or both tensors that broadcast against x0 (float64 keeps long grids exact:
             coefficients are computed in their dtype, then cast to that of x0).
         variance: of p(x_s|x_t): the posterior's, the forward kernel's, or between the two on the log scale as the
-            network's second half says (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+            network's second half says (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1).
         last: ``discrete`` integrates the Gaussian over the bins of 8-bit data, ``gaussian`` is its density.
         floor: stands in for the posterior's variance where sigma_s = 0 makes it 0. sigma_t**2 unless given; the
             published tables take the second step's, ``schedule.transition(2 / T, 1 / T).variance``.
@@ -139,7 +139,7 @@ def prior_terms(x0: Tensor, level: Level) -> Tensor:
 def reconstruction_terms(x0: Tensor, z: Tensor, level: Level, *, last: Last = "discrete") -> Tensor:
     r"""-ln p(x0|z) for z drawn at a level whose sigma is not 0: a Gaussian with mean z/alpha, deviation sigma/alpha.
 
-    (B,) nats, of the bin (``discrete``) or the density (``gaussian``). Source: Kingma et al. 2021, appendix B.1.
+    (B,) nats, of the bin (``discrete``) or the density (``gaussian``). Source: Kingma et al. 2021, eq. 8.
     """
     ratio = level.sigma / level.alpha
     return decoder_terms(x0, z / level.alpha, _like(2 * _log(ratio), x0), last=last)

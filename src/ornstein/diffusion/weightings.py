@@ -6,7 +6,7 @@ of log-SNR with the density of the draws multiplied in
 ``gain(level)`` times that in x0, so the loss in the output's space gets ``on_x0 / gain**2``, and published weights that
 look different in eps, x0 and v are one object here. Two kinds exist: weights per draw, whose effect depends on where
 the times are drawn (simple, min_snr, p2, ...), and weights per unit of log-SNR, which divide the density out again
-(elbo, sigmoid, edm_monotonic: Kingma & Gao 2023, arXiv 2303.00848, eq. 9), so that the time density is importance
+(elbo, sigmoid, edm_monotonic: Kingma & Gao 2023, arXiv 2303.00848), so that the time density is importance
 sampling and nothing else.
 """
 
@@ -68,8 +68,8 @@ class SNR(Weighting):
     .. math:: w_{x_0} = \mathrm{SNR}
 
     On the score it is the weight :math:`\sigma^2` of denoising score matching.
-    Source: Song & Ermon 2019 (arXiv 1907.05600), eq. 6 with lambda = sigma^2; Salimans & Ho 2022 (arXiv 2202.00512),
-    section 4. When: DDPM's loss with a network that gives x0, v or the score.
+    Source: Song & Ermon 2019 (arXiv 1907.05600), section 4.2 with lambda = sigma^2; Salimans & Ho 2022 (arXiv
+    2202.00512), eq. 9. When: DDPM's loss with a network that gives x0, v or the score.
     """
 
     def on_x0(self, level: Level, parameterization: Parameterization, density: Scalar = 1.0) -> Scalar:
@@ -81,7 +81,7 @@ class TruncatedSNR(Weighting):
 
     .. math:: w_{x_0} = \max(\mathrm{SNR}, \text{least})
 
-    Source: Salimans & Ho 2022 (arXiv 2202.00512), eq. 9, with least = 1.
+    Source: Salimans & Ho 2022 (arXiv 2202.00512), section 4, with least = 1.
     When: distillation and few-step models, where errors at high noise matter.
 
     Raises:
@@ -104,7 +104,7 @@ class MinSNR(Weighting):
     .. math:: w_{x_0} = \min(\mathrm{SNR}, \gamma)
 
     On eps this is min(SNR, gamma)/SNR, on v of a variance-preserving schedule min(SNR, gamma)/(SNR + 1).
-    Source: Hang et al. 2023 (arXiv 2303.09556), eq. 7 and section 3.4.
+    Source: Hang et al. 2023 (arXiv 2303.09556), section 3.4.
     When: faster convergence on images at no cost; the first weighting to try.
 
     Raises:
@@ -127,7 +127,7 @@ class P2(Weighting):
     .. math:: w_{x_0} = \mathrm{SNR} / (k + \mathrm{SNR})^\gamma
 
     On eps this is :math:`(k + \mathrm{SNR})^{-\gamma}`; gamma = 0 is the plain eps loss.
-    Source: Choi et al. 2022 (arXiv 2204.00227), eq. 8, with k = 1 and gamma 0.5 or 1.
+    Source: Choi et al. 2022 (arXiv 2204.00227), section 3, with k = 1 and gamma 0.5 or 1.
     When: perceptual quality of images on pixel models with beta schedules.
 
     Raises:
@@ -172,7 +172,7 @@ class PerLogSNR(Weighting):
     .. math:: w_{x_0} = \frac{w(\lambda)}{p(t)}\, \mathrm{SNR} \left|\frac{d\lambda}{dt}\right|
               = \frac{w(\lambda)}{p(t)} \frac{2 \alpha (\alpha \sigma' - \alpha' \sigma)}{\sigma^3}
 
-    whose second form is finite where alpha = 0. Source: Kingma & Gao 2023 (arXiv 2303.00848), eqs. 9 and 10.
+    whose second form is finite where alpha = 0. Source: Kingma & Gao 2023 (arXiv 2303.00848).
     """
 
     needs_density = True
@@ -224,7 +224,7 @@ class EDMMonotonic(PerLogSNR):
               \tilde w(\lambda) = N(\lambda;\, -2 p_{mean},\, 4 p_{std}^2)\,
               (e^{-\lambda} + \sigma_{data}^2) / \sigma_{data}^2, \quad \lambda^* = \arg\max \tilde w
 
-    Source: Kingma & Gao 2023 (arXiv 2303.00848), section 5 and appendix D; EDM's from Karras et al. 2022
+    Source: Kingma & Gao 2023 (arXiv 2303.00848), section 5; EDM's from Karras et al. 2022
     (arXiv 2206.00364), table 1. When: EDM's image quality with a weighting that is a bound on noisy data.
 
     Raises:

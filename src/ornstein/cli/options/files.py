@@ -93,7 +93,7 @@ def read_option(group: str, name: str) -> Option:
             base = read_option(group, entry)
             node, choices = _merged(base.node, node), {choice.typed: choice for choice in base.choices} | choices
     remarks = _remarks(text)
-    parts = tuple(_parts("", node, remarks))
+    parts = tuple(_parts("", node, remarks)) if node else ()  # an empty file switches something off
     return Option(group, name, _comment(text), node, tuple(choices.values()), parts)
 
 

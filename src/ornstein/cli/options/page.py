@@ -48,8 +48,11 @@ GROUPS = {
     ),
     "sampler/grid": Group("Time grids", "The N + 1 times at which a sampler with N steps stands."),
     "guidance": Group("Guidance", "Wraps the denoiser into another one, so that every sampler takes every guidance."),
+    "likelihood": Group(
+        "Likelihood", "Bits/dim of held-out images, an option of `evaluate.py`; of pixels only, and without guidance."
+    ),
 }
-ROOTS = ("scheduler", "objective", "sampler", "guidance")
+ROOTS = ("scheduler", "objective", "sampler", "guidance", "likelihood")
 
 
 def groups() -> list[str]:
@@ -85,7 +88,7 @@ def described(group: str) -> list[tuple[Option, list[Part]]]:
     """
     listed = options(group)
     shared = _shared(listed)
-    alike = [option for option in listed if option.parts[0].target == shared]
+    alike = [option for option in listed if option.parts and option.parts[0].target == shared]
     brought = [choice for option in alike for choice in option.choices]
     made = []
     for option in listed:

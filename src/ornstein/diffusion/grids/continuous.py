@@ -21,7 +21,7 @@ class Uniform:
 
     On edm it is the paper's grid, since edm's t is its rho ramp: with ``to_zero`` its N levels and then sigma = 0,
     without it N + 1 levels down to sigma_min.
-    Source: Song et al. 2021 (arXiv 2011.13456), appendix D; Karras et al. 2022 (arXiv 2206.00364), eq. 5.
+    Source: Song et al. 2021 (arXiv 2011.13456); Karras et al. 2022 (arXiv 2206.00364), eq. 5.
     When: a first choice on any schedule, and the only one that needs no thought.
 
     Raises:
@@ -135,19 +135,41 @@ class LogSNR:
     .. math:: \lambda_i = \lambda(t_{max}) + \frac{i}{N - 1} (\lambda(t_{min}) - \lambda(t_{max}))
 
     The ends are pulled in because log-SNR is infinite at sigma = 0 and at alpha = 0; the first time is 1 all the same.
+    Without ``from_noise`` it is t_max, and without ``to_data`` all N steps are equal and the last time is t_min.
     Source: Lu et al. 2022 (arXiv 2206.00927), section 3.4.
     When: DPM-Solver and other methods that are exponential in log-SNR.
+
+    Args:
+        t_max: its log-SNR is the first.
+        t_min: its log-SNR is the last before data.
+        from_noise: start at t = 1, where sampling's noise belongs, rather than at ``t_max``.
+        to_data: end with a step to t = 0 rather than at ``t_min``; without it ``to_zero`` has nothing to go on from.
+
+    Raises:
+        ValueError: both ``to_zero`` and no ``to_data``; or, when laid, if the times do not fall or leave [0, 1].
     """
 
     t_max: float = 0.999
     t_min: float = 1e-3
+    from_noise: bool = True
+    to_data: bool = True
     to_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if self.to_zero and not self.to_data:
+            raise ValueError(
+                "sampler.grid.to_zero=true goes beyond t = 0, where sampler.grid.to_data=false does not arrive: "
+                "switch one of them."
+            )
 
     def times(self, schedule: NoiseSchedule, steps: int) -> Tensor:
         first, last = (float(schedule.log_snr(t)) for t in (self.t_max, self.t_min))
-        inner = schedule.time(ramp(first, last, steps))
-        times = torch.cat([inner, torch.zeros(1, dtype=torch.float64)])
-        times[0] = 1.0
+        times = schedule.time(ramp(first, last, steps + (not self.to_data)))
+        if self.to_data:
+            times = torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+        else:
+            times[-1] = self.t_min
+        times[0] = 1.0 if self.from_noise else self.t_max
         return times
 
 

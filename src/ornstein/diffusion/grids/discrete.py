@@ -20,12 +20,17 @@ _SLACK = 1e-2  # by which a published table, given to three digits, may exceed t
 
 @dataclass(frozen=True)
 class Discrete:
-    """A subset of a discrete schedule's T time steps, then t = 0; diffusers' ``timestep_spacing``.
+    r"""A subset of a discrete schedule's T time steps, then t = 0; diffusers' ``timestep_spacing``.
 
-    ``leading``: multiples of T // steps, plus ``offset``; ``trailing``: back from T; ``linspace``: evenly from 1 to T.
-    Index i of the table stands at t = (i + 1)/T. ``leading`` stops short of pure noise, though sampling starts from it:
-    at t = 1/T with 1 step, at 0.9 with 10. ``from_noise`` moves its first time to t = 1, which diffusers does not; left
-    off, the grid is diffusers' own, flaw included.
+    .. math::
+        t_k = \frac{i_k + 1}{T}, \qquad
+        i_k = (N - 1 - k) \lfloor T/N \rfloor + \text{offset} \;\text{(leading)}, \quad
+        \left[\tfrac{N - k}{N} T\right] - 1 \;\text{(trailing)}, \quad
+        \left[\tfrac{N - 1 - k}{N - 1} (T - 1)\right] \;\text{(linspace)}
+
+    for k from 0 to N - 1, rounded where brackets are square, and t_N = 0. ``leading`` stops short of pure noise, though
+    sampling starts from it: at t = 1/T with 1 step, at 0.9 with 10. ``from_noise`` moves its first time to t = 1, which
+    diffusers does not; left off, the grid is diffusers' own, flaw included.
     Source: Lin et al. 2023 (arXiv 2305.08891), table 2 and section 3.3.
     When: figures that must agree with a paper or with diffusers.
 
@@ -64,8 +69,14 @@ class Listed:
     r"""Levels given one by one, such as the published results of "Align Your Steps".
 
     N + 1 values are a grid of N steps, used as they are; for another number of steps their ln(sigma/alpha) is
-    interpolated linearly over the list. Where ``to_data`` is on, the last level is then t = 0 itself, as users of these
-    lists replace its last sigma by 0. An end without signal or without noise stays, and the rest is interpolated.
+    interpolated linearly over the list:
+
+    .. math::
+        \ln u_i = (1 - p + \lfloor p \rfloor) \ln v_{\lfloor p \rfloor}
+        + (p - \lfloor p \rfloor) \ln v_{\lfloor p \rfloor + 1}, \qquad p = \frac{i}{N} M, \quad u = \sigma/\alpha
+
+    where v_0 to v_M are the listed ratios. Where ``to_data`` is on, the last level is then t = 0 itself, as users of
+    these lists replace its last sigma by 0. An end without signal or without noise stays, and the rest is interpolated.
     Source: Sabour et al. 2024 (arXiv 2404.14507), section 3 and its project page for the lists.
     When: few steps of a model for which someone optimised the steps.
 

@@ -35,7 +35,7 @@ class AdaptiveProjected(Part):
             the data: 2.5 to 15 in the paper.
         momentum: beta in (-1, 1), negative in the paper: -0.75 to -0.5 push away from what the last steps did.
 
-    Source: Sadat et al. 2024 (arXiv 2410.02416), algorithm 1.
+    Source: Sadat et al. 2024 (arXiv 2410.02416).
     When: high scales that oversaturate under cfg are wanted.
 
     Raises:

@@ -34,7 +34,7 @@ class Autoguidance(Part):
             condition.
         denoiser: the weak model ready-made, without conditioning.
 
-    Source: Karras et al. 2024 (arXiv 2406.02507), eq. 4.
+    Source: Karras et al. 2024 (arXiv 2406.02507).
     When: quality should rise without the loss of variety that cfg brings, or the model is unconditional.
 
     Raises:

@@ -39,7 +39,7 @@ class Classifier(Part):
             classifiers trained for one schedule have it.
         weights: a safetensors file for the network, which the command line loads; ``bundled`` is the package's own.
 
-    Source: Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4 and algorithm 2.
+    Source: Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4.
     When: the model is unconditional, or was trained without label dropout, and a classifier is easier than a retrained
     model.
 

@@ -28,7 +28,7 @@ class Compose(Part):
     Args:
         parts: the guidances, a list or a mapping of any names, in their order.
 
-    Source: sums of scores, Du et al. 2023 (arXiv 2302.11552), section 3; Liu et al. 2022 (arXiv 2206.01714), eq. 11.
+    Source: sums of scores, Du et al. 2023 (arXiv 2302.11552), section 3; Liu et al. 2022 (arXiv 2206.01714).
     When: one guidance is not enough, cfg in an interval with a colour, say.
 
     Raises:

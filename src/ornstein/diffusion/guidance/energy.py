@@ -37,9 +37,9 @@ class Energy(Part):
         sigma_data: the data's standard deviation, positive.
         decode: latents to data, which the command line fills in; None leaves x0 as it is.
 
-    Source: Chung et al. 2023 (arXiv 2209.14687), eq. 16, for ``exact``; Song et al. 2023 (ICLR, "Pseudoinverse-guided
-    diffusion models"), section 3, for ``cheap``'s variance; the conditional covariance is Tweedie's second-order
-    formula.
+    Source: Chung et al. 2023 (arXiv 2209.14687), section 3, for ``exact``; Song et al. 2023 (ICLR,
+    "Pseudoinverse-guided diffusion models"), section 3, for ``cheap``'s variance; the conditional covariance is
+    Tweedie's second-order formula.
     When: what is wanted can be written as a loss, and no model was trained for it.
 
     Raises:

@@ -50,7 +50,7 @@ class ClassifierFree(Part):
             which makes the result independent of the parameterization.
         negative: a class number to steer away from, in the place of the null condition.
 
-    Source: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, with its w written as scale - 1; Lin et al. 2023 (arXiv
+    Source: Ho & Salimans 2022 (arXiv 2207.12598), section 3.2, with its w written as scale - 1; Lin et al. 2023 (arXiv
     2305.08891), section 3.4, for ``rescale``.
     When: a class-conditional model was trained with label dropout, and fidelity matters more than variety.
 
@@ -108,8 +108,10 @@ class ClassifierFree(Part):
         rescaled = meaning.predict(output * factor, call.x_t, call.level)
         return guided.with_x0(lambda _: rescaled.x0)
 
-    def _factor(self, cond: Tensor, guided: Tensor) -> Tensor:
+    def _factor(self, cond: Tensor, guided: Tensor) -> Tensor | float:
         dims = tuple(range(1, cond.ndim))
+        if cond.numel() <= len(cond):  # samples of one element have no spread to bring back, and no samples neither
+            return 1.0
         ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
         return self.rescale * ratio + (1 - self.rescale)
 
@@ -127,7 +129,7 @@ class CFGPlusPlus(Part):
     Args:
         scale: lambda in [0, 1]; unlike cfg's scale, 1 is strong guidance.
 
-    Source: Chung et al. 2024 (arXiv 2406.08070), algorithm 2.
+    Source: Chung et al. 2024 (arXiv 2406.08070), section 3.
     When: cfg at high scales saturates, or inversion with guidance must come back to its image.
 
     Raises:

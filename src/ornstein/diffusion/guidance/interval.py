@@ -33,7 +33,7 @@ class Interval(Part):
         log_snr_max: the lower bound of noise written so, instead of sigma_min.
         part: the guidance inside, instead of cfg.
 
-    Source: Kynkäänniemi et al. 2024 (arXiv 2404.07724), eq. 4; the default bounds are those of its largest ImageNet-512
+    Source: Kynkäänniemi et al. 2024 (arXiv 2404.07724); the default bounds are those of its largest ImageNet-512
     model, for data of standard deviation 0.5.
     When: cfg costs variety or evaluations: at high noise it only narrows, at low noise it does little.
 

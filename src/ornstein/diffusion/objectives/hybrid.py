@@ -32,7 +32,7 @@ class Hybrid(Objective):
         vlb_weight: lambda.
         last: the bound's decoder, ``discrete`` for 8-bit data in [-1, 1] or ``gaussian``.
 
-    Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 16.
+    Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.1.
     When: good samples in few ancestral steps (sampler=ddpm with sampler.variance=learned), and better likelihood.
 
     Raises:

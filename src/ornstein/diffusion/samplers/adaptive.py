@@ -205,7 +205,7 @@ class RK45(Sampler):
     it, without another evaluation). ``steps`` and the grid only
     say where the trajectory is shown in between. Six evaluations an attempt. ``order`` is None: the error follows the
     tolerance, not the grid.
-    Source: Dormand & Prince 1980; Song et al. 2021 (arXiv 2011.13456), section 4.3 and appendix D.4.
+    Source: Dormand & Prince 1980; Song et al. 2021 (arXiv 2011.13456), section 4.3.
     When: a reference solution, likelihoods, or encoding data to noise and back.
 
     Args:

@@ -26,7 +26,7 @@ class DDPM(Sampler):
     :math:`v = \exp(f \ln\beta + (1 - f) \ln\tilde\beta)` with the network's own fraction f for every element. The last
     step adds no noise. Stochastic, one evaluation a step.
     Source: Ho et al. 2020 (arXiv 2006.11239), eqs. 6-7 and algorithm 2; learned variance and respaced steps as Nichol &
-    Dhariwal 2021 (arXiv 2102.09672), eq. 15 and section 4.
+    Dhariwal 2021 (arXiv 2102.09672), sections 3.1 and 4.
     When: many steps are affordable, or the model learned its variance.
 
     Args:

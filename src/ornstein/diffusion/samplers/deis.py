@@ -40,7 +40,7 @@ class DEIS(Sampler):
     look back to alpha = 0.
 
     When: 10 to 20 steps of an unguided eps-network, in ``"t"`` on the uniform grid as in the paper.
-    Source: Zhang & Chen 2022 (arXiv 2204.13902), eqs. 12-15 and section 3.3.
+    Source: Zhang & Chen 2022 (arXiv 2204.13902), section 3.
 
     Args:
         steps: number of steps.

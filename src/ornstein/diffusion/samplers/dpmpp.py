@@ -79,7 +79,7 @@ class DPMpp1S(Sampler):
     and at sigma = 0, where no noise is added.
 
     When: a plain baseline for the rest of the family, or a dial from the ODE to the SDE and past it.
-    Source: Lu et al. 2022 (arXiv 2211.01095), eq. 8 and appendix A.
+    Source: Lu et al. 2022 (arXiv 2211.01095), DPM-Solver++ of first order.
 
     Args:
         steps: number of steps.
@@ -178,7 +178,7 @@ class DPMpp2M(DataMultistep):
     ``final_sigmas_type="zero"``), and one that would look back to alpha = 0. Order 2, one evaluation a step.
 
     When: the first choice for 10 to 30 steps, guided or not, in pixels or latents.
-    Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
+    Source: Lu et al. 2022 (arXiv 2211.01095), DPM-Solver++(2M).
 
     Args:
         steps: number of steps.
@@ -226,7 +226,7 @@ class DPMpp3M(DataMultistep):
     that ends at sigma = 0 is first order.
 
     When: smooth, unguided denoisers at 15 steps and more; with strong guidance prefer dpmpp_2m.
-    Source: Lu et al. 2022 (arXiv 2211.01095), section 4 and appendix B; the parabola's exact weights are those of
+    Source: Lu et al. 2022 (arXiv 2211.01095), at third order; the parabola's exact weights are those of
     Zhao et al. 2023 (arXiv 2302.04867), UniP-3.
 
     Args:

@@ -28,7 +28,7 @@ class DPMpp2MSDE(DataMultistep):
     order 2. One evaluation a step. First order where it has no history, at sigma = 0, and after alpha = 0.
 
     When: 20 to 50 steps where the ODE's samples look flat: the noise corrects errors that were made before.
-    Source: Lu et al. 2022 (arXiv 2211.01095), appendix A; eta as in k-diffusion's ``dpmpp_2m_sde``.
+    Source: Lu et al. 2022 (arXiv 2211.01095), SDE-DPM-Solver++(2M); eta as in k-diffusion's ``dpmpp_2m_sde``.
 
     Args:
         steps: number of steps.
@@ -79,7 +79,7 @@ class DPMpp3MSDE(DataMultistep):
     DPM-Solver++(3M) without its bootstrap, order 2. One evaluation a step.
 
     When: more than 25 steps of a smooth denoiser; below that dpmpp_2m_sde extrapolates less.
-    Source: Lu et al. 2022 (arXiv 2211.01095), appendix A; k-diffusion's ``dpmpp_3m_sde``.
+    Source: Lu et al. 2022 (arXiv 2211.01095), for the SDE; k-diffusion's ``dpmpp_3m_sde``.
 
     Args:
         steps: number of steps.

@@ -36,7 +36,7 @@ class DPMpp2S(Sampler):
     evaluation each: diffusers' DPMSolverSinglestep with ``solver_order=2``.
 
     When: stiff or strongly guided denoisers whose multistep solutions ring, where twice the cost a step is no matter.
-    Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 1.
+    Source: Lu et al. 2022 (arXiv 2211.01095), DPM-Solver++(2S).
 
     Args:
         steps: number of steps.
@@ -123,7 +123,7 @@ class DPMppSDE(Sampler):
     order 2. Two evaluations a step, one where the step starts at alpha = 0 or ends at sigma = 0.
 
     When: the most detail for a given number of steps where an evaluation is cheap and variety matters.
-    Source: Lu et al. 2022 (arXiv 2211.01095), appendix A (the SDE) with algorithm 1 (the step);
+    Source: Lu et al. 2022 (arXiv 2211.01095), its SDE with the step of DPM-Solver++(2S);
     k-diffusion's ``dpmpp_sde`` at eta = 1.
 
     Args:

@@ -23,8 +23,8 @@ class LCM(Sampler):
         c_{skip} = \frac{d^2}{\tau^2 + d^2}, \quad c_{out} = \frac{\tau}{\sqrt{\tau^2 + d^2}}
 
     with d = ``sigma_data`` and tau = ``timestep_scaling`` times the index of t among ``num_timesteps``.
-    Source: Song et al. 2023 (arXiv 2303.01469), algorithm 1; Luo et al. 2023 (arXiv 2310.04378), algorithm 3 and
-    section 4.1; diffusers' LCMScheduler.
+    Source: Song et al. 2023 (arXiv 2303.01469), section 3; Luo et al. 2023 (arXiv 2310.04378), section 4; diffusers'
+    LCMScheduler.
     When: one to eight steps of a consistency model.
 
     Args:

@@ -24,7 +24,7 @@ class LMS(Sampler):
     DEIS's rho-AB.
 
     When: grids that are smooth in sigma/alpha (karras) at 20 steps and more; log-SNR methods need fewer.
-    Source: k-diffusion's ``sample_lms`` (Katherine Crowson, 2022); Zhang & Chen 2022 (arXiv 2204.13902), eq. 15.
+    Source: k-diffusion's ``sample_lms`` (Katherine Crowson, 2022); Zhang & Chen 2022 (arXiv 2204.13902), section 3.
 
     Args:
         steps: number of steps.

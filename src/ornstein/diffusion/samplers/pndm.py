@@ -34,7 +34,7 @@ class PNDM(Sampler):
     nothing of x0, and a mean of eps would be far off.
 
     When: to repeat results of early latent models on the leading grid; newer solvers need fewer evaluations.
-    Source: Liu et al. 2022 (arXiv 2202.09778), eqs. 9-13 and algorithm 2; PLMS as in latent diffusion's code.
+    Source: Liu et al. 2022 (arXiv 2202.09778), eqs. 9, 12 and 13 and algorithm 2; PLMS as in latent diffusion's code.
 
     Args:
         steps: number of steps.

@@ -24,7 +24,7 @@ def size_by_norm(eps: Tensor, snr: float) -> Tensor:
     The authors' code averages both norms over the batch. Here they are each sample's own, so that a sample depends on
     its seed and number alone, and the norm of z is its expected one, so that the noise stays Gaussian. The size is cut
     at four times 2 r**2, which images never meet.
-    Source: Song et al. 2021 (arXiv 2011.13456), algorithms 4 and 5.
+    Source: Song et al. 2021 (arXiv 2011.13456), section 4.2.
     """
     square = eps.square().flatten(1).mean(1) if eps.ndim > 1 else eps.square()
     return (2 * snr**2 / square.clamp(min=_NORM_FLOOR)).reshape(-1, *([1] * (eps.ndim - 1)))
@@ -50,7 +50,7 @@ class PredictorCorrector(Sampler):
     (``size_by_norm``), so that a sample depends on its seed and number alone. ``norm="expected"`` puts both at their
     expected value, which is delta = 2 a^2 r^2 and steadier for data of few dimensions. The last step adds no noise and
     is not corrected. Stochastic, 1 + ``corrector_steps`` evaluations a step, one for the last.
-    Source: Song et al. 2021 (arXiv 2011.13456), algorithms 2-5 and appendix G.
+    Source: Song et al. 2021 (arXiv 2011.13456), section 4.2.
     When: score models, where quality counts and evaluations do not.
 
     Args:

@@ -41,7 +41,7 @@ class UniPC(Sampler):
     alpha = 0 too.
 
     When: 5 to 20 steps, guided or not, in pixels or latents; solver_order=3 from about 20 steps on.
-    Source: Zhao et al. 2023 (arXiv 2302.04867), algorithms 1-2 and eqs. 8-9 and 17 (data prediction: appendix A).
+    Source: Zhao et al. 2023 (arXiv 2302.04867), section 3 (UniP and UniC).
 
     Args:
         steps: number of steps.

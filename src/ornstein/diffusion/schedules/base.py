@@ -55,7 +55,7 @@ def transition_between(t: Level, s: Level) -> Transition:
     r"""The kernels between level t and a less noisy level s, both as floats or both as tensors.
 
     :math:`\sigma_{t|s}^2 = \sigma_t^2 (1 - \mathrm{SNR}_t/\mathrm{SNR}_s)` and the posterior of Kingma et al. 2021
-    (arXiv 2107.00630, appendix A.2, eqs. 25-32). Finite at both ends: alpha_t = 0 and sigma_s = 0 are allowed.
+    (arXiv 2107.00630, appendix A, eqs. 23-32). Finite at both ends: alpha_t = 0 and sigma_s = 0 are allowed.
     """
     scale = t.alpha / s.alpha
     kept = (scale * s.sigma / t.sigma) ** 2

@@ -26,7 +26,7 @@ class Flow(Modifiable):
 
     Zero SNR at t = 1, so eps cannot be predicted there.
 
-    Source: Liu et al. 2023 (arXiv 2209.03003), eq. 1; Lipman et al. 2023 (arXiv 2210.02747).
+    Source: Liu et al. 2023 (arXiv 2209.03003), section 2; Lipman et al. 2023 (arXiv 2210.02747).
     When: a new model, trained with objective=flow and sampled in few steps.
     """
 
@@ -91,7 +91,7 @@ class VE(Modifiable):
 
     .. math:: \alpha = 1, \qquad \sigma(t) = \sigma_{min} \left(\frac{\sigma_{max}}{\sigma_{min}}\right)^t
 
-    Source: Song et al. 2021 (arXiv 2011.13456), eq. 30 and appendix C.
+    Source: Song et al. 2021 (arXiv 2011.13456), section 3.4 and appendix C.
     When: score matching and the annealed Langevin or predictor-corrector samplers.
 
     Args:
@@ -126,7 +126,7 @@ class SubVP(Modifiable):
     .. math:: \alpha = e^{-\frac12 B(t)}, \quad \sigma = 1 - e^{-B(t)}, \quad
               B(t) = \int_0^t \beta = \beta_{min} t + \tfrac12 (\beta_{max} - \beta_{min}) t^2
 
-    Source: Song et al. 2021 (arXiv 2011.13456), eq. 29 and appendix C.
+    Source: Song et al. 2021 (arXiv 2011.13456), section 3.4 and appendix C.
     When: likelihoods of score models, where the paper has its best figures.
 
     Raises:
@@ -165,7 +165,7 @@ class SNRSigmoid(Modifiable):
     with s, e the ``start`` and ``end``. The papers clip alpha squared at 1e-9 instead of ending there, which is the
     same to within 1e-9 and has no inverse.
 
-    Source: Jabri et al. 2022 (arXiv 2212.11972), section 3; Chen 2023 (arXiv 2301.10972), algorithm 1.
+    Source: Jabri et al. 2022 (arXiv 2212.11972), section 3; Chen 2023 (arXiv 2301.10972), section 2.
     When: high resolutions, with ``tau`` above 1 or ``input_scale`` below 1 for more noise.
 
     Args:
@@ -235,7 +235,7 @@ class ContinuousCosine(Modifiable):
 
     where a0 and a1 are the angles of ``max_log_snr`` and ``min_log_snr``.
 
-    Source: Hoogeboom et al. 2023 (arXiv 2301.11093), section 3.1 and appendix A; Salimans & Ho 2022 (arXiv 2202.00512).
+    Source: Hoogeboom et al. 2023 (arXiv 2301.11093), sections 2 and 3.1; Salimans & Ho 2022 (arXiv 2202.00512).
     When: objective=v in continuous time, with ``shift`` set to the image size over 64 (simple diffusion).
 
     Raises:
@@ -275,7 +275,7 @@ class Laplace(Modifiable):
     cut at ``limit`` to either side of mu, where the paper's is infinite. Both tails are steep in t, and low
     noise is all within the first thousandth: sample on sampler/grid=karras.
 
-    Source: Hang & Gu 2024 (arXiv 2407.03297), table 1.
+    Source: Hang & Gu 2024 (arXiv 2407.03297).
     When: training should spend its steps around log-SNR = mu, with no weighting beside it.
 
     Args:

@@ -30,7 +30,7 @@ class VDMLearned(Modifiable):
     close to a straight line, and with ``learn_ends`` the two ends are parameters too. Only the variational bound makes
     its ends comparable from one schedule to another: under a simple loss it learns whatever noise is easiest.
 
-    Source: Kingma et al. 2021 (arXiv 2107.00630), section 3.1 and appendix H.
+    Source: Kingma et al. 2021 (arXiv 2107.00630), section 3.2 and appendix H.
     When: likelihoods, with objective=vlb.
 
     Args:

@@ -47,7 +47,7 @@ class Modifiable(NoiseSchedule):
             2305.08891), algorithm 1, on the table of a :class:`BetaSchedule` and from t = 0 elsewhere.
         input_scale: scale b of the data before noise is added, with x normalised again afterwards. Since only the
             ratio of the two matters once x is normalised, ``input_scale=b`` is ``shift=1/b``, and below 1 it means
-            more noise. Source: Chen 2023 (arXiv 2301.10972), section 2.3.
+            more noise. Source: Chen 2023 (arXiv 2301.10972), section 2.
 
     Raises:
         ValueError: a shift or input_scale that is not positive and finite, or zero_terminal_snr where alpha is always

@@ -169,7 +169,7 @@ class ScaledLinear(BetaSchedule):
 
     The curve of :class:`Quadratic`'s ``form="sqrt_linear"``; diffusers' ``scaled_linear``.
     Source: Rombach et al. 2022 (arXiv 2112.10752), in its released configurations; the form is that of Song et al. 2021
-    (arXiv 2010.02502), appendix D.
+    (arXiv 2010.02502), ``quad`` in its released code.
     When: latent diffusion, or weights that were trained as Stable Diffusion's were.
 
     Raises:
@@ -198,8 +198,9 @@ class Quadratic(BetaSchedule):
         \text{squared\_time:}\quad \beta_i = \beta_{start} + (\beta_{end} - \beta_{start})
         \left(\frac{i}{T - 1}\right)^2
 
-    Source: Song et al. 2021 (arXiv 2010.02502), appendix D, for ``form="sqrt_linear"`` (diffusers' ``scaled_linear``).
-    When: noise should grow slowly at first, as in DDIM's CIFAR-10 runs.
+    Source: Song et al. 2021 (arXiv 2010.02502), ``quad`` in its released code, for ``form="sqrt_linear"`` (diffusers'
+    ``scaled_linear``).
+    When: noise should grow slowly at first.
 
     Raises:
         ValueError: an unknown form, or betas that do not satisfy 0 < beta_start <= beta_end < 1.
@@ -312,7 +313,7 @@ class Constant(BetaSchedule):
 
     .. math:: \beta_i = \beta
 
-    Source: Ho et al. 2020 (arXiv 2006.11239), section 4, which compared constant, linear and quadratic betas.
+    Source: Ho et al. 2020 (arXiv 2006.11239), appendix B, which chose among constant, linear and quadratic betas.
     When: an ablation of the shape of the noise schedule.
 
     Raises:
