@@ -199,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50, help="of each sampling call (default: 50)")
     parser.add_argument("--batch", type=int, default=4, help="samples of 3x8x8 (default: 4)")
     parser.add_argument("--rounds", type=int, default=41, help="timed calls of each side (default: 41)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write every figure")
     parser.add_argument("--markdown", metavar="FILE", help="write the table for RESULTS.md")
     parser.add_argument("--quick", action="store_true", help="two short rounds: only to see that it runs")
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in only if name not in names]:
         parser.error(f"--only: {', '.join(unknown)} is not among {', '.join(names)}")
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     register_resolvers()
     console, missing, figures = Console(), set[str](), dict[str, dict[str, float]]()
     for row in ROWS:
@@ -220,10 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     libraries = ("diffusers", "k-diffusion", "azula")
     header = ["µs a step", "ours", *libraries, "ours / diffusers", "promised", "ours / k-diffusion", "promised"]
     rows = [_cells(name, found, libraries) for name, found in figures.items()]
-    setting = environment(1)
+    setting = environment(args.threads)
     note = (
         f"{args.batch}x{'x'.join(map(str, SHAPE))}, {args.steps} steps, medians of {args.rounds} calls in turn, "
-        f"1 thread, torch {setting['torch']}, diffusers {setting['diffusers']}."
+        f"{args.threads} thread, torch {setting['torch']}, diffusers {setting['diffusers']}."
     )
     for library in sorted(missing):
         console.print(f"{library} is not installed and left out: pip install --target FOLDER --no-deps {PEERS}")

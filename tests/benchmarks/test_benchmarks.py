@@ -134,6 +134,16 @@ def test_train_step_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_samplers_run(tmp_path: Path) -> None:
+    figures, shown = run_script("samplers.py", out=tmp_path, timeout=300)
+    assert "ours / diffusers" in shown and len(figures["figures"]) == 15
+    for name, libraries in figures["figures"].items():
+        assert finite_numbers(libraries) == len(libraries) and min(libraries.values()) > 0
+        assert "ours" in libraries and ("diffusers" in libraries or name == "dpmpp_3m_sde")
+    assert "k-diffusion is not installed" in shown or "k-diffusion" in figures["figures"]["euler"]
+
+
+@pytest.mark.slow
 def test_train_step_says_how_to_install_the_library(tmp_path: Path) -> None:
     try:
         import denoising_diffusion_pytorch  # noqa: F401

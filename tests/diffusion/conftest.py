@@ -11,8 +11,8 @@ from ornstein.diffusion.schedules import NoiseSchedule
 
 from . import tables
 
-# One schedule of each kind: a table, one with kinks, zero SNR, variance exploding, steep, rescaled. Every row of the table
-# meets all samplers and parameterizations in test_matrix.py, and what a schedule must hold in test_schedules.py.
+# One schedule of each kind: a table, one with kinks, zero SNR, variance exploding, steep, rescaled. Every row of the
+# table meets all samplers and parameterizations in test_matrix.py, and what schedules must hold in test_schedules.py.
 SCHEDULES = {
     name: tables.SCHEDULES[name]
     for name in ("linear", "quadratic-squared_time", "cosine", "flow", "edm", "laplace", "sub_vp-zero_terminal_snr")
