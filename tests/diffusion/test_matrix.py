@@ -58,6 +58,7 @@ class Side:
     consistency: bool = False
     cost: int = 1
     renoises: bool = False
+    remembers: bool = False
 
     def start(self) -> Denoise:
         return self
@@ -106,6 +107,9 @@ class SharedNoise:
     def __init__(self, sizes: tuple[int, ...], start: Tensor) -> None:
         self.index = torch.cat([torch.arange(size) for size in sizes])
         self.start, self.most = start, max(sizes)
+
+    def expect(self, steps: int) -> SharedNoise:
+        return self
 
     def __call__(self, step: int, draw: int = 0) -> Tensor:
         if step == 0 and draw == 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     for i in range(_ROUNDS):
         # The product wraps in int64; its 64 bits are still those of the unsigned product, so masks recover both halves.
         crossed = (even * multipliers).flip(0)
-        even, odd = ((crossed >> 32) & _MASK) ^ odd ^ keys[i], crossed & _MASK
+        even = (crossed >> 32).bitwise_and_(_MASK).bitwise_xor_(odd).bitwise_xor_(keys[i])
+        odd = crossed.bitwise_and_(_MASK)
     return torch.stack([even[0], odd[0], even[1], odd[1]])
 
 
@@ -88,11 +89,13 @@ class NoiseSource:
         sample = index.to(torch.int64)[None, :, None]
         which = torch.full((), draw, dtype=torch.int64, device=index.device)
         bits = philox((element, sample, steps[:, None, None], which), (self.seed & _MASK, self.seed >> 32))
-        u = (bits.double() + 0.5) * 2.0**-32
-        radius, angle = torch.sqrt(-2.0 * torch.log(u[0::2])), 2.0 * math.pi * u[1::2]
-        normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1).flatten(0, 1)
-        flat = normals.movedim(0, -1).reshape(len(steps), len(index), blocks * 4)[..., :size]
-        return flat.reshape(len(steps), len(index), *shape)
+        u = bits.double().add_(0.5).mul_(2.0**-32)
+        radius, angle = u[0::2].log().mul_(-2.0).sqrt_(), u[1::2].mul_(2.0 * math.pi)
+        normals = torch.empty(len(steps), len(index), blocks, 2, 2, dtype=u.dtype, device=u.device)
+        pairs = normals.permute(3, 4, 0, 1, 2)
+        torch.mul(radius, angle.cos(), out=pairs[:, 0])
+        torch.mul(radius, angle.sin(), out=pairs[:, 1])
+        return normals.reshape(len(steps), len(index), blocks * 4)[..., :size].reshape(len(steps), len(index), *shape)
 
     def bind(self, index: Tensor, shape: Sequence[int]) -> SampleNoise:
         """The noise of one batch of samples, as samplers take it."""
@@ -106,14 +109,19 @@ _AHEAD = 2**20  # values that may be drawn ahead of need: 4 MiB
 class SampleNoise:
     """A :class:`NoiseSource` bound to a batch: ``noise(step, draw) -> (B, *shape)`` float32.
 
-    A sampler that asks for step after step is given them from blocks drawn ahead, each twice the last, because a draw
-    costs about the same for one small step as for fifty. What is drawn ahead changes no value.
+    Steps are drawn ahead in blocks, because a draw costs about the same for one small step as for fifty: as many as
+    :meth:`expect` was told of, else each block twice the last. What is drawn ahead changes no value.
     """
 
     source: NoiseSource
     index: Tensor
     shape: tuple[int, ...]
+    horizon: int = 0
     _ahead: dict[int, tuple[int, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def expect(self, steps: int) -> SampleNoise:
+        """The same noise, for a sampler of so many steps."""
+        return replace(self, horizon=steps + 1)
 
     def __call__(self, step: int, draw: int = 0) -> Tensor:
         first, block = self._ahead.get(draw, (0, None))
@@ -121,7 +129,10 @@ class SampleNoise:
             return block[step - first]
         goes_on = block is not None and step == first + len(block)
         most = max(1, _AHEAD // max(1, len(self.index) * math.prod(self.shape)))
-        count = min(2 * len(block), most) if goes_on and block is not None else 1
+        count = 2 * len(block) if goes_on and block is not None else 1
+        if 0 < step < self.horizon:  # not for the initial noise: a deterministic sampler asks for no other
+            count = self.horizon - step
+        count = min(count, most)
         steps = torch.arange(step, step + count, device=self.index.device)
         block = self.source.noises(self.index, steps, draw, shape=self.shape).float()
         self._ahead[draw] = (step, block)

@@ -21,8 +21,14 @@ def combine(a: Scalar, x: Tensor, b: Scalar, y: Tensor) -> Tensor:
     """
     scaled = x if isinstance(a, float) and a == 1.0 else a * x
     if isinstance(b, float):
+        if b == 0.0:
+            return scaled
         return torch.add(scaled, y, alpha=b)
     return scaled + b * y
+
+
+def _is_zero(value: Scalar) -> bool:
+    return isinstance(value, float) and value == 0.0
 
 
 class Prediction:
@@ -85,6 +91,20 @@ class Prediction:
     def renoise_eps(self) -> Tensor:
         """The noise that a sampler adds back, (B, *shape): ``eps`` unless a guidance set another (CFG++)."""
         return self.eps if self._renoise_eps is None else self._renoise_eps
+
+    def blend(self, *, x_t: Scalar = 0.0, x0: Scalar = 0.0, eps: Scalar = 0.0) -> Tensor:
+        """The sum of x_t, x0 and the renoising eps with these coefficients, (B, *shape): what a step ends with.
+
+        Where only one of x0 and eps is known, the other is a sum of it and x_t, and two kernels do for all.
+        """
+        alpha, sigma = self.level.alpha, self.level.sigma
+        if self._renoise_eps is None and isinstance(alpha, float) and isinstance(sigma, float):
+            if self._x0 is None and self._eps is not None and alpha > 0:
+                return combine(x_t + x0 / alpha, self.x_t, eps - x0 * sigma / alpha, self._eps)
+            if self._eps is None and self._x0 is not None and sigma > 0:
+                return combine(x_t + eps / sigma, self.x_t, x0 - eps * alpha / sigma, self._x0)
+        known = x0 * self.x0 if _is_zero(eps) else combine(x0, self.x0, eps, self.renoise_eps)
+        return known if _is_zero(x_t) else combine(1.0, known, x_t, self.x_t)
 
     def with_x0(self, change: Callable[[Tensor], Tensor]) -> Prediction:
         """The same prediction with x0 changed (clipped, guided) and eps made to follow; the rest stays."""

@@ -29,6 +29,10 @@ _A = (
 _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 _SHORTEST = 1e-12  # of the whole stretch
 _SAFETY, _LEAST, _MOST = 0.9, 0.2, 5.0  # of the controller's change of step: Hairer, Norsett & Wanner, II.4
+NO_MOMENTUM = (
+    "sampler=rk45 tries steps and discards some of them, over which guidance.momentum has no meaning: choose "
+    "guidance.momentum=0, or a fixed-step sampler such as sampler=heun."
+)
 
 Slope = Callable[[Tensor, Tensor], Tensor]
 
@@ -165,8 +169,7 @@ def flow_slope(denoise: Denoise) -> Slope:
 
     def slope(z: Tensor, phi: Tensor) -> Tensor:
         level = level_at(denoise.schedule, phi, z)
-        # Momentum of guidance would make the slope depend on the path: every call is another of the same step.
-        p = denoise(z * (level.alpha**2 + level.sigma**2) ** 0.5, level, again=True)
+        p = denoise(z * (level.alpha**2 + level.sigma**2) ** 0.5, level)
         return _turn(p)
 
     return slope
@@ -218,7 +221,8 @@ class RK45(Sampler):
 
     Raises:
         ValueError: a tolerance that is not positive or finer than the samples' rounding, t_min outside (0, 1),
-            max_steps < 1, or samples that do not arrive.
+            max_steps < 1; when called, guidance with momentum (a slope that depends on the path, rejected attempts
+            included, is no differential equation's), or samples that do not arrive.
     """
 
     def __init__(
@@ -245,6 +249,10 @@ class RK45(Sampler):
         """It draws nothing but the noise that it starts from."""
         return False
 
+    def begin(self, denoise: Denoise) -> Denoise:
+        _without_memory(denoise)
+        return super().begin(denoise)
+
     def solve(
         self,
         denoise: Denoise,
@@ -269,8 +277,10 @@ class RK45(Sampler):
             The solution with ``y`` = x at t1.
 
         Raises:
-            ValueError: sigma = 0 at an end, a tolerance finer than x's rounding, or samples that do not arrive.
+            ValueError: guidance with momentum, sigma = 0 at an end, a tolerance finer than x's rounding, or samples
+                that do not arrive.
         """
+        _without_memory(denoise)
         start, end = (t if isinstance(t, Level) else denoise.schedule.level(t) for t in (t0, t1))
         if start.sigma == 0 or end.sigma == 0:
             raise ValueError("the flow's noise direction is undefined at sigma = 0: solve to or from t = 1e-3 or so.")
@@ -326,6 +336,11 @@ class RK45(Sampler):
             prediction=p,
             history=history,
         )
+
+
+def _without_memory(denoise: Denoise) -> None:
+    if denoise.remembers:
+        raise ValueError(NO_MOMENTUM)
 
 
 def _size(level: Level) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import GridRule
+from ornstein.diffusion.prediction import combine
 from ornstein.diffusion.samplers.base import Sampler, State
 from ornstein.diffusion.schedules import transition_between
 
@@ -48,7 +49,7 @@ class EulerAncestral(Sampler):
         t, s = state.grid[i], state.grid[i + 1]
         p = denoise(state.x, t)
         fresh = min(s.sigma**2, self.eta**2 * transition_between(t, s).variance)
-        x = s.alpha * p.x0 + (s.sigma**2 - fresh) ** 0.5 * p.renoise_eps
+        x = p.blend(x0=s.alpha, eps=(s.sigma**2 - fresh) ** 0.5)
         if fresh > 0 and self.s_noise > 0:
-            x = x + (self.s_noise * fresh**0.5) * state.noise(i + 1)
+            x = combine(1.0, x, self.s_noise * fresh**0.5, state.noise(i + 1))
         return state.advance(x, nfe=denoise.cost, prediction=p)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import Grid, GridRule, Uniform, make_grid
+from ornstein.diffusion.grids.base import check_steps
 from ornstein.diffusion.noise import SampleNoise
 from ornstein.diffusion.prediction import Prediction
 from ornstein.diffusion.schedules import NoiseSchedule
@@ -42,7 +43,7 @@ class State:
         self, x: Tensor, *, nfe: int, prediction: Prediction | None = None, history: tuple[Tensor, ...] = ()
     ) -> State:
         """The state after a step that took ``nfe`` network evaluations per sample."""
-        return replace(self, x=x, nfe=self.nfe + nfe, prediction=prediction, history=history)
+        return State(x, self.grid, self.noise, history, self.nfe + nfe, self.nfe_each, prediction)
 
 
 class Sampler(ABC):
@@ -57,15 +58,16 @@ class Sampler(ABC):
         renoises: its steps renoise with ``Prediction.renoise_eps``, as CFG++ needs; others refuse such a denoiser.
 
     Raises:
-        ValueError: steps < 1.
+        ValueError: steps < 1 or not whole, or a grid that is none.
     """
 
     order: int | None = None  # of convergence; a subclass may set it by instance, where an option makes it stochastic
     renoises: bool = False
 
     def __init__(self, *, steps: int = 50, grid: GridRule | None = None) -> None:
-        if steps < 1:
-            raise ValueError(f"sampler.steps={steps}: a sampler needs at least 1 step.")
+        check_steps(steps)
+        if not hasattr(grid, "times") and grid is not None:
+            raise ValueError(f"sampler.grid={grid} is no grid: choose sampler/grid={grid}.")
         self.steps = steps
         self.rule: GridRule = grid if grid is not None else Uniform()
 
@@ -105,18 +107,25 @@ class Sampler(ABC):
 
     @torch.no_grad()
     def sample(
-        self, denoise: Denoise, noise: SampleNoise, *, watch: Callable[[int, State], None] | None = None
+        self,
+        denoise: Denoise,
+        noise: SampleNoise,
+        *,
+        start: Tensor | None = None,
+        watch: Callable[[int, State], None] | None = None,
     ) -> State:
         """Runs the whole grid and returns the last state, whose x is the sample.
 
         Args:
             denoise: the (guided) denoiser with its conditioning bound.
             noise: the batch's noise; says batch size, shape and device.
+            start: (B, *shape) at the grid's first level, float32 or float64, in place of pure noise.
             watch: called with (i, state) after each step.
         """
         denoise = self.begin(denoise)
         grid = make_grid(self.rule, denoise.schedule, self.steps)
-        state = self.init(grid, noise)
+        noise = noise.expect(grid.steps)
+        state = self.init(grid, noise) if start is None else State(start, grid, noise)
         for i in range(grid.steps):
             state = self.step(denoise, state, i)
             if watch is not None:

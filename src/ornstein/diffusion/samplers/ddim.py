@@ -42,9 +42,9 @@ class DDIM(Sampler):
         t, s = state.grid[i], state.grid[i + 1]
         p = denoise(state.x, t)
         if self.eta == 0.0:
-            return state.advance(combine(s.alpha, p.x0, s.sigma, p.renoise_eps), nfe=denoise.cost, prediction=p)
+            return state.advance(p.blend(x0=s.alpha, eps=s.sigma), nfe=denoise.cost, prediction=p)
         fresh = self.eta**2 * transition_between(t, s).variance
-        x = combine(s.alpha, p.x0, max(s.sigma**2 - fresh, 0.0) ** 0.5, p.renoise_eps)
+        x = p.blend(x0=s.alpha, eps=max(s.sigma**2 - fresh, 0.0) ** 0.5)
         if fresh > 0:
             x = combine(1.0, x, fresh**0.5, state.noise(i + 1))
         return state.advance(x, nfe=denoise.cost, prediction=p)

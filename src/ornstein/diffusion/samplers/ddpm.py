@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import GridRule
-from ornstein.diffusion.prediction import Prediction
+from ornstein.diffusion.prediction import Prediction, combine
 from ornstein.diffusion.samplers.base import Sampler, State
 from ornstein.diffusion.schedules import Transition, transition_between
 
@@ -48,9 +48,9 @@ class DDPM(Sampler):
         t, s = state.grid[i], state.grid[i + 1]
         p = denoise(state.x, t)
         kernel = transition_between(t, s)
-        x = kernel.on_x_t * state.x + kernel.on_x0 * p.x0
+        x = p.blend(x_t=kernel.on_x_t, x0=kernel.on_x0)
         if i + 1 < state.grid.steps and kernel.variance > 0:
-            x = x + self._deviation(kernel, p) * state.noise(i + 1)
+            x = combine(1.0, x, self._deviation(kernel, p), state.noise(i + 1))
         return state.advance(x, nfe=denoise.cost, prediction=p)
 
     def _deviation(self, kernel: Transition, prediction: Prediction) -> float | Tensor:

@@ -81,6 +81,18 @@ _RESERVED = {"self", "model_output", "timestep", "sample", "generator", "return_
 _ANCESTRAL = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LCMScheduler")
 
 
+def check_supported(name: str) -> None:
+    """Refuses a scheduler by the name of its class.
+
+    Raises:
+        ValueError: says which are supported.
+    """
+    if name not in SUPPORTED:
+        raise ValueError(
+            f"sampler.scheduler={name} is not supported by sampler=diffusers: choose one of {', '.join(SUPPORTED)}."
+        )
+
+
 class DiffusersSampler(Sampler):
     r"""A diffusers scheduler, on its own grid, driven by our denoiser under our schedule.
 
@@ -102,19 +114,29 @@ class DiffusersSampler(Sampler):
         scheduler: the scheduler, built.
         steps: as given to its ``set_timesteps``.
         step_options: further arguments of its ``step``, such as ``eta`` of DDIMScheduler or ``s_churn``.
+        clip_sample: takes the place of its own default where it has such an option and was not given one: diffusers'
+            is True for DDIM and DDPM, which clamps x0 to [-1, 1] at every step. None leaves the default.
 
     Raises:
         ValueError: a class or prediction type that is not supported, learned variance, an unknown option of ``step``;
             on ``check``, steps that the scheduler refuses.
     """
 
-    def __init__(self, *, scheduler: Any, steps: int = 50, step_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        scheduler: Any,
+        steps: int = 50,
+        step_options: Mapping[str, Any] | None = None,
+        clip_sample: bool | None = None,
+    ) -> None:
         super().__init__(steps=steps)
         name = type(scheduler).__name__
-        if name not in SUPPORTED:
-            raise ValueError(
-                f"sampler.scheduler={name} is not supported by sampler=diffusers: choose one of {', '.join(SUPPORTED)}."
-            )
+        check_supported(name)
+        own_defaults = scheduler.config.get("_use_default_values", ())
+        if clip_sample is not None and "clip_sample" in own_defaults:
+            scheduler = copy.deepcopy(scheduler)
+            scheduler.register_to_config(clip_sample=clip_sample)
         self.scheduler, self.name = scheduler, name
         self.step_options = dict(step_options or {})
         self.prediction = "flow_prediction" if SUPPORTED[name] is _flow else str(scheduler.config.prediction_type)
@@ -177,7 +199,12 @@ class DiffusersSampler(Sampler):
 
     @torch.no_grad()
     def sample(
-        self, denoise: Denoise, noise: SampleNoise, *, watch: Callable[[int, State], None] | None = None
+        self,
+        denoise: Denoise,
+        noise: SampleNoise,
+        *,
+        start: Tensor | None = None,
+        watch: Callable[[int, State], None] | None = None,
     ) -> State:
         """Runs the scheduler's whole loop; ``watch`` is called ``steps`` times, however many calls a step takes."""
         denoise = self.begin(denoise)
@@ -189,7 +216,9 @@ class DiffusersSampler(Sampler):
         options = dict(self.step_options)
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = _generators(noise)
-        state = State(noise(0) * float(getattr(scheduler, "init_noise_sigma", 1.0)), grid, noise)
+        if start is None:
+            start = noise(0) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+        state = State(start, grid, noise)
         shown = 0
         for i, (level, t) in enumerate(zip(levels, scheduler.timesteps, strict=True)):
             scheduler.scale_model_input(state.x, t) if hasattr(scheduler, "scale_model_input") else None

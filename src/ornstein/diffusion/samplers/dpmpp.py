@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import GridRule
+from ornstein.diffusion.prediction import combine
 from ornstein.diffusion.samplers.base import Sampler, State
 from ornstein.diffusion.samplers.multistep import (
     InnerLevels,
@@ -110,9 +111,9 @@ class DPMpp1S(Sampler):
         t, s = state.grid[i], state.grid[i + 1]
         p = denoise(state.x, t)
         carry, gain, noise = data_kernel(t, s, self.eta)
-        x = carry * state.x + gain * p.x0
+        x = combine(carry, state.x, gain, p.x0)
         if noise > 0:
-            x = x + (noise * self.s_noise) * fresh_noise(self.noise, state, i, t, s)
+            x = combine(1.0, x, noise * self.s_noise, fresh_noise(self.noise, state, i, t, s))
         return state.advance(x, nfe=denoise.cost, prediction=p)
 
 
@@ -149,9 +150,9 @@ class DataMultistep(Sampler):
         h = half_log_snr(s) - here
         nodes = [0.0, *((half_log_snr(grid[i - j]) - here) / h for j in range(1, order))]
         weights = self.weights(nodes, (1 + self.eta) * h)
-        data = weights[0] * x0
-        for weight, earlier in zip(weights[1:], state.history, strict=False):
-            data = data + weight * earlier
+        data = combine(weights[0], x0, weights[1], state.history[0])
+        for weight, earlier in zip(weights[2:], state.history[1:], strict=False):
+            data = combine(1.0, data, weight, earlier)
         return data
 
     def step(self, denoise: Denoise, state: State, i: int) -> State:
@@ -159,9 +160,9 @@ class DataMultistep(Sampler):
         p = denoise(state.x, t)
         data = self.mean(p.x0, state, i)
         carry, gain, noise = data_kernel(t, s, self.eta)
-        x = carry * state.x + gain * data
+        x = combine(carry, state.x, gain, data)
         if noise > 0:
-            x = x + (noise * self.s_noise) * fresh_noise(self.noise, state, i, t, s)
+            x = combine(1.0, x, noise * self.s_noise, fresh_noise(self.noise, state, i, t, s))
         return state.advance(x, nfe=denoise.cost, prediction=p, history=(p.x0, *state.history[: self.most - 2]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import GridRule
+from ornstein.diffusion.prediction import combine
 from ornstein.diffusion.samplers.base import Sampler, State
 from ornstein.diffusion.samplers.dpmpp import SOLVER_TYPES, check_choice, check_noise, second_order_weights
 from ornstein.diffusion.samplers.multistep import InnerLevels, data_kernel, fresh_noise, half_log_snr
@@ -79,15 +80,15 @@ class DPMpp2S(Sampler):
         x0 = p.x0
         if plain or t.alpha == 0.0:
             carry, gain, _ = data_kernel(t, s)
-            return state.advance(carry * state.x + gain * x0, nfe=denoise.cost, prediction=p)
+            return state.advance(combine(carry, state.x, gain, x0), nfe=denoise.cost, prediction=p)
         middle = self._middle(denoise.schedule, state.grid, i)
         carry, gain, _ = data_kernel(t, middle)
         nfe = denoise.cost
-        second = denoise(carry * state.x + gain * x0, middle, again=True)
+        second = denoise(combine(carry, state.x, gain, x0), middle, again=True)
         # The inner level stands ahead, at v = r, where a multistep solver's stands behind, at v = -r.
         on_first, on_second = second_order_weights(-self.r, half_log_snr(s) - half_log_snr(t), self.solver_type)
         carry, gain, _ = data_kernel(t, s)
-        x = carry * state.x + gain * (on_first * x0 + on_second * second.x0)
+        x = combine(1.0, combine(carry, state.x, gain * on_first, x0), gain * on_second, second.x0)
         return state.advance(x, nfe=nfe + denoise.cost, prediction=second)
 
     def _half_of_a_pair(self, denoise: Denoise, state: State, i: int, plain: bool) -> State:
@@ -97,14 +98,14 @@ class DPMpp2S(Sampler):
         start = state.grid[i - 1] if i % 2 == 1 else t
         if i % 2 == 0 or plain or start.alpha == 0.0:
             carry, gain, _ = data_kernel(t, s)
-            x = carry * state.x + gain * p.x0
+            x = combine(carry, state.x, gain, p.x0)
             return state.advance(x, nfe=denoise.cost, prediction=p, history=(state.x, p.x0))
         began, first = state.history
         h = half_log_snr(s) - half_log_snr(start)
         r = (half_log_snr(t) - half_log_snr(start)) / h
         on_first, on_second = second_order_weights(-r, h, self.solver_type)
         carry, gain, _ = data_kernel(start, s)
-        x = carry * began + gain * (on_first * first + on_second * p.x0)
+        x = combine(1.0, combine(carry, began, gain * on_first, first), gain * on_second, p.x0)
         return state.advance(x, nfe=denoise.cost, prediction=p)
 
 
@@ -161,24 +162,21 @@ class DPMppSDE(Sampler):
         x0 = p.x0
         whole = data_kernel(t, s, self.eta)
         if t.alpha == 0.0 or s.sigma == 0.0:
-            x = whole.carry * state.x + whole.gain * x0
+            x = combine(whole.carry, state.x, whole.gain, x0)
             if whole.noise > 0:
                 x = x + (whole.noise * self.s_noise) * fresh_noise(self.noise, state, i, t, s)
             return state.advance(x, nfe=denoise.cost, prediction=p)
         middle = self._middle(denoise.schedule, state.grid, i)
         to_middle, to_end = data_kernel(t, middle, self.eta), data_kernel(middle, s, self.eta)
-        inner = to_middle.carry * state.x + to_middle.gain * x0
+        inner = combine(to_middle.carry, state.x, to_middle.gain, x0)
         if whole.noise > 0:
             first = (self.s_noise * to_middle.noise) * fresh_noise(self.noise, state, i, t, middle)
             inner = inner + first
         nfe = denoise.cost
         second = denoise(inner, middle, again=True)
-        mean = (1 - 0.5 / self.r) * x0 + (0.5 / self.r) * second.x0
-        x = whole.carry * state.x + whole.gain * mean
+        mean = combine(1 - 0.5 / self.r, x0, 0.5 / self.r, second.x0)
+        x = combine(whole.carry, state.x, whole.gain, mean)
         if whole.noise > 0:
-            x = (
-                x
-                + to_end.carry * first
-                + (self.s_noise * to_end.noise) * fresh_noise(self.noise, state, i, middle, s, 1)
-            )
+            second_draw = fresh_noise(self.noise, state, i, middle, s, 1)
+            x = combine(1.0, combine(1.0, x, to_end.carry, first), self.s_noise * to_end.noise, second_draw)
         return state.advance(x, nfe=nfe + denoise.cost, prediction=second)

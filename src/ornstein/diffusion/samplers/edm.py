@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import GridRule
-from ornstein.diffusion.prediction import Prediction, combine
+from ornstein.diffusion.prediction import Prediction
 from ornstein.diffusion.samplers.base import Sampler, State
-from ornstein.diffusion.schedules import Level
+from ornstein.diffusion.schedules import Level, Scalar
 
 _COORDINATES = ("path", "sigma")
 
@@ -79,7 +79,7 @@ class Euler(Sampler):
         x, t = self.churn(denoise, state, i)
         s = state.grid[i + 1]
         p = denoise(x, t)
-        return state.advance(combine(s.alpha, p.x0, s.sigma, p.renoise_eps), nfe=denoise.cost, prediction=p)
+        return state.advance(p.blend(x0=s.alpha, eps=s.sigma), nfe=denoise.cost, prediction=p)
 
 
 class Heun(Euler):
@@ -133,23 +133,23 @@ class Heun(Euler):
         x, t = self.churn(denoise, state, i)
         s = state.grid[i + 1]
         first = denoise(x, t)
-        euler = combine(s.alpha, first.x0, s.sigma, first.eps)
+        euler = first.blend(x0=s.alpha, eps=s.sigma)
         if s.sigma == 0.0:
             return state.advance(euler, nfe=denoise.cost, prediction=first)
         nfe = denoise.cost
         second = denoise(euler, s, again=True)
-        corrected = self._trapezoid(x, t, s, first, second)
+        corrected = self._trapezoid(t, s, first, second)
         return state.advance(corrected, nfe=nfe + denoise.cost, prediction=second)
 
-    def _trapezoid(self, x: Tensor, t: Level, s: Level, first: Prediction, second: Prediction) -> Tensor:
-        eps = first.eps + second.eps
+    def _trapezoid(self, t: Level, s: Level, first: Prediction, second: Prediction) -> Tensor:
+        carry: Scalar
+        x0: Scalar
         # At alpha = 0 the ratio sigma/alpha is infinite, and only the path form has a value.
         if self.coordinate == "sigma" and t.alpha > 0:
-            return combine(s.alpha / t.alpha, x, 0.5 * (s.sigma - s.alpha * t.sigma / t.alpha), eps)
-        moved = combine(1.0, x, 0.5 * (s.sigma - t.sigma), eps)
-        if s.alpha == t.alpha:
-            return moved
-        return combine(1.0, moved, 0.5 * (s.alpha - t.alpha), first.x0 + second.x0)
+            carry, x0, eps = s.alpha / t.alpha, 0.0, 0.5 * (s.sigma - s.alpha * t.sigma / t.alpha)
+        else:
+            carry, x0, eps = 1.0, 0.5 * (s.alpha - t.alpha), 0.5 * (s.sigma - t.sigma)
+        return first.blend(x_t=carry, x0=x0, eps=eps) + second.blend(x0=x0, eps=eps)
 
 
 def _log_snr(ratio: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import GridRule
+from ornstein.diffusion.prediction import combine
 from ornstein.diffusion.samplers.base import Sampler, State
 from ornstein.diffusion.schedules import Level
 
@@ -67,11 +68,8 @@ class LCM(Sampler):
     def step(self, denoise: Denoise, state: State, i: int) -> State:
         t, s = state.grid[i], state.grid[i + 1]
         p = denoise(state.x, t)
-        data = p.x0
-        if self.boundary:
-            skip, out = self.scalings(t)
-            data = skip * state.x + out * data
-        x = s.alpha * data
+        skip, out = self.scalings(t) if self.boundary else (0.0, 1.0)
+        x = p.blend(x_t=s.alpha * skip, x0=s.alpha * out)
         if i + 1 < state.grid.steps and s.sigma > 0:
-            x = x + s.sigma * state.noise(i + 1)
+            x = combine(1.0, x, s.sigma, state.noise(i + 1))
         return state.advance(x, nfe=denoise.cost, prediction=p)

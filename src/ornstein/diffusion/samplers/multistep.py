@@ -18,7 +18,7 @@ from torch import Tensor
 from ornstein.diffusion.brownian import BrownianPath
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import Grid
-from ornstein.diffusion.prediction import Prediction
+from ornstein.diffusion.prediction import Prediction, combine
 from ornstein.diffusion.samplers.base import State
 from ornstein.diffusion.schedules import Level, NoiseSchedule
 
@@ -142,11 +142,11 @@ def step_in_eps(p: Prediction, t: Level, s: Level, weights: Sequence[float], his
         history: earlier noises, newest first, one for each further weight at least.
     """
     if len(weights) == 1:
-        return s.alpha * p.x0 + s.sigma * p.eps
+        return p.blend(x0=s.alpha, eps=s.sigma)
     change = s.sigma - s.alpha * t.sigma / t.alpha
-    x = s.alpha * p.x0 + (s.sigma + change * (weights[0] - 1)) * p.eps
+    x = p.blend(x0=s.alpha, eps=s.sigma + change * (weights[0] - 1))
     for weight, eps in zip(weights[1:], history, strict=False):
-        x = x + (change * weight) * eps
+        x = combine(1.0, x, change * weight, eps)
     return x
 
 
@@ -184,7 +184,7 @@ def second_order_start(
 ) -> tuple[Tensor, Prediction]:
     """One step of second order that needs no history, for one evaluation more: DPM-Solver++(2S) through ``middle``."""
     carry, gain, _ = data_kernel(t, middle)
-    second = denoise(carry * x + gain * x0, middle, again=True)
+    second = denoise(combine(carry, x, gain, x0), middle, again=True)
     r = (half_log_snr(middle) - half_log_snr(t)) / (half_log_snr(s) - half_log_snr(t))
     carry, gain, _ = data_kernel(t, s)
     return carry * x + gain * (x0 + (second.x0 - x0) * (0.5 / r)), second

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise
 from ornstein.diffusion.grids import Grid, GridRule
+from ornstein.diffusion.prediction import combine
 from ornstein.diffusion.samplers.base import Sampler, State
 from ornstein.diffusion.samplers.dpmpp import check_choice
 from ornstein.diffusion.samplers.multistep import (
@@ -89,7 +90,7 @@ class UniPC(Sampler):
         kept = min(len(seen), self.solver_order) - 1
         order = usable_order(grid, i, self.solver_order, kept, lower_order_final=self.lower_order_final)
         if s.sigma == 0.0 or (order == 1 and newest is None):
-            return carry * x + gain * seen[0]
+            return combine(carry, x, gain, seen[0])
         here = half_log_snr(t)
         h = half_log_snr(s) - here
         nodes = [(half_log_snr(grid[i - k]) - here) / h for k in range(1, order)]
@@ -98,9 +99,9 @@ class UniPC(Sampler):
             nodes.append(1.0)
             values.append(newest)
         weights = [float(s.alpha) * w / r for w, r in zip(self._integrals(nodes, h), nodes, strict=True)]
-        x = carry * x + (gain - sum(weights)) * seen[0]
+        x = combine(carry, x, gain - sum(weights), seen[0])
         for weight, value in zip(weights, values, strict=True):
-            x = x + weight * value
+            x = combine(1.0, x, weight, value)
         return x
 
     def _integrals(self, nodes: list[float], h: float) -> list[float]:
