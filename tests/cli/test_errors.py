@@ -59,6 +59,8 @@ REFUSED = [
     ("train.py", "ema.decay=2", "ema.decay=2 [0, 1)", ()),
     ("train.py", "callbacks.log.every=0", "callbacks.log.every=0 at least 1", ()),
     ("train.py", "metrics.kid_subset_size=0", "metrics.kid_subset_size=0 at least 1", ("torch", "numpy")),
+    ("train.py", "sampler.grid=karras", "sampler.grid=karras choose sampler/grid=karras", ()),
+    ("train.py", "sampler=dpmpp_2m sampler.eta=1", "sampler=dpmpp_2m has no eta grid, steps sampler=ddim", ()),
     ("train.py", "resume=nowhere", "resume=nowhere: there is no such folder", ()),
     ("train.py", "resume=.", "resume=. holds no config.yaml", ()),
     ("sample.py", "num_samples=4", "run= is missing outputs/train", ()),

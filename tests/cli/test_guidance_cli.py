@@ -27,6 +27,7 @@ ACCEPTED = [
     "guidance=interval guidance.sigma_max=null guidance.log_snr_min=-2",
     "guidance=interval +guidance@guidance.part=apg guidance.part.eta=0.5",
     "guidance=autoguidance guidance.scale=1",
+    "guidance=autoguidance guidance.condition=null guidance.scale=1",
     "guidance=classifier",
     "guidance=classifier model=pixel_unet guidance.target=3",
     "guidance=colour data=emoji",
@@ -36,6 +37,7 @@ ACCEPTED = [
     "guidance=compose guidance@guidance.parts.first=apg +guidance@guidance.parts.third=classifier",
 ]
 REFUSED = [
+    ("guidance=apg sampler=rk45", "guidance=apg momentum"),
     ("guidance=cfgpp sampler=heun", "guidance=cfgpp sampler=Heun sampler=ddim guidance=cfg"),
     ("guidance=cfgpp model=pixel_unet", "guidance=cfgpp no condition guidance=none model=class_unet"),
     ("guidance=interval conditioner.dropout=0", "guidance=interval label dropout conditioner.dropout=0.1"),
@@ -56,6 +58,8 @@ REFUSED = [
     ("guidance=cfg guidance.negative=10", "guidance.negative=10 0 to 9"),
     ("guidance=cfg guidance.rescale=2", "guidance.rescale=2 [0, 1]"),
     ("guidance=cfgpp guidance.scale=7", "guidance.scale=7 [0, 1]"),
+    ("guidance=cfg guidance.scale=nan", "guidance.scale=nan finite number"),
+    ("guidance=apg guidance.scale=x", "guidance.scale='x' finite number"),
     ("guidance.scale=2", "guidance.scale=2 guidance=none has no scale add guidance=cfg"),
     ("guidance=none guidance.momentum=0", "guidance.momentum=0 guidance=none has no momentum apg has one"),
     ("guidance=cfg guidance.strength=2", "guidance=cfg has no strength it has scale, rescale"),

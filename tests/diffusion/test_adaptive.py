@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ornstein.diffusion.analytic import GaussianMixture
-from ornstein.diffusion.denoiser import Denoiser
+from ornstein.diffusion.denoiser import Denoiser, Rescheduled
 from ornstein.diffusion.grids import Grid, Karras, LogSNR, Uniform, make_grid
+from ornstein.diffusion.guidance import AdaptiveProjected, ClassifierFree, Compose, Energy, Interval, Part
 from ornstein.diffusion.noise import NoiseSource, SampleNoise
 from ornstein.diffusion.parameterizations import Epsilon, V
 from ornstein.diffusion.samplers import RK45, State
@@ -247,6 +248,42 @@ def test_gradients_flow_through_a_solution() -> None:
 
 
 DENOISER = Denoiser(Tanh(), Linear(), V())
+
+
+class Labelled(Tanh):
+    def forward(self, x: Tensor, noise_cond: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x + label.reshape(-1, *([1] * (x.ndim - 1))), noise_cond)
+
+
+MOMENTUM = AdaptiveProjected(3.0, momentum=-0.5)
+GUIDANCES: dict[str, tuple[Part, bool]] = {
+    "apg": (MOMENTUM, True),
+    "in an interval": (Interval(part=MOMENTUM), True),
+    "composed": (Compose([ClassifierFree(2.0), MOMENTUM]), True),
+    "without momentum": (AdaptiveProjected(3.0, momentum=0.0), False),
+    "off": (AdaptiveProjected(1.0), False),
+    "cfg": (Compose([ClassifierFree(2.0), Interval(3.0)]), False),
+}
+
+
+@pytest.mark.parametrize(("guidance", "remembers"), GUIDANCES.values(), ids=GUIDANCES)
+def test_momentum_over_discarded_steps_is_refused(guidance: Part, remembers: bool) -> None:
+    """A slope that depends on the path is no differential equation's; where there is none, the solution is its own."""
+    label = {"label": torch.ones(2)}
+    guided = guidance(Denoiser(Labelled(), Cosine(), V(), label), {"label": torch.zeros(2)})
+    sampler = RK45(steps=2, rtol=1e-4, atol=1e-4)
+    for denoise in (guided, guided.start(), Rescheduled(guided, Linear()), Energy(lambda x0: x0.sum(1))(guided, {})):
+        assert denoise.remembers == remembers
+        runs = (
+            lambda d=denoise: sampler.sample(d, bound(2)).x,
+            lambda d=denoise: sampler.solve(d, bound(2)(0), 0.1, 0.5).y,
+        )
+        for run in runs:
+            if remembers:
+                with pytest.raises(ValueError, match=r"sampler=rk45 .* choose guidance\.momentum=0, or a fixed-step"):
+                    run()
+            else:
+                assert bool(run().isfinite().all())
 
 
 @pytest.mark.parametrize(

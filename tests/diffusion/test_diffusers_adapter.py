@@ -345,3 +345,19 @@ def test_ddpm_moments_agree_with_ours(gaussian: GaussianMixture) -> None:
     ours = DDPM(steps=50, grid=Discrete()).sample(denoiser, noise).x
     assert float((theirs.mean(0) - ours.mean(0)).abs().max()) < 5 * 0.5 * (2 / 4000) ** 0.5
     assert float((theirs.std(0) - ours.std(0)).abs().max()) < 5 * 0.5 * (1 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_clip_sample_replaces_a_default_alone(name: str) -> None:
+    import diffusers
+
+    scheduler = getattr(diffusers, name)()
+    assert DiffusersSampler(scheduler=scheduler).scheduler.config.clip_sample is True
+    assert DiffusersSampler(scheduler=scheduler, clip_sample=False).scheduler.config.clip_sample is False
+    assert scheduler.config.clip_sample is True
+    given = getattr(diffusers, name)(clip_sample=True)
+    assert DiffusersSampler(scheduler=given, clip_sample=False).scheduler.config.clip_sample is True
+    assert (
+        "clip_sample"
+        not in DiffusersSampler(scheduler=diffusers.EulerDiscreteScheduler(), clip_sample=False).scheduler.config
+    )

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ornstein.diffusion.denoiser import Denoiser, Rescheduled
-from ornstein.diffusion.guidance import ClassifierFree, NoGuidance
+from ornstein.diffusion.guidance import (
+    AdaptiveProjected,
+    Autoguidance,
+    CFGPlusPlus,
+    Classifier,
+    ClassifierFree,
+    Energy,
+    Interval,
+    NoGuidance,
+)
 from ornstein.diffusion.noise import NoiseSource
 from ornstein.diffusion.parameterizations import Parameterization, Sample, V
 from ornstein.diffusion.samplers import DDIM, DPMpp2M, Heun
@@ -82,6 +95,24 @@ def test_needs_null_unless_off() -> None:
     assert not NoGuidance().needs_null
     denoiser = Denoiser(Labelled(), Linear(), V(), LABEL)
     assert NoGuidance()(denoiser, NULLS) is denoiser
+
+
+@pytest.mark.parametrize(("scale", "shown"), [(math.nan, "nan"), (-math.inf, "-inf"), ("x", "'x'"), (None, "null")])
+@pytest.mark.parametrize(
+    "build",
+    [
+        ClassifierFree,
+        CFGPlusPlus,
+        AdaptiveProjected,
+        Interval,
+        Autoguidance,
+        lambda **scale: Classifier(Labelled(), **scale),
+        Energy,
+    ],
+)
+def test_a_scale_is_a_finite_number(build: Callable[..., Any], scale: Any, shown: str) -> None:
+    with pytest.raises(ValueError, match=f"guidance.scale={shown} must be a finite number"):
+        build(scale=scale)
 
 
 def test_unconditional_models_are_refused() -> None:

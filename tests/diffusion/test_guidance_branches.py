@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -354,6 +355,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Classifier(Votes(), target=-2), "guidance.target=-2"),
     (lambda: Energy(squares, gradient="none"), "guidance.gradient='none'"),
     (lambda: Energy(squares, sigma_data=0.0), "guidance.sigma_data=0.0"),
+    (lambda: AdaptiveProjected(eta=math.nan), "guidance.eta=nan must be a finite number"),
+    (lambda: AdaptiveProjected(norm_threshold=math.inf), "guidance.norm_threshold=inf must be a finite number"),
+    (lambda: Energy(squares, sigma_data=math.inf), "guidance.sigma_data=inf must be a finite number"),
+    (lambda: ClassifierFree(rescale="half"), "guidance.rescale='half' must be a finite number"),
     (lambda: Colour([0.1, 0.9]), "guidance.loss.target"),
     (lambda: Colour([0.1, 0.9, 7]), "guidance.loss.target"),
 ]

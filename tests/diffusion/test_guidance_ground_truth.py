@@ -310,7 +310,7 @@ def test_autoguidance_mixes_in_x0(cell: tuple[NoiseSchedule, Parameterization], 
 def test_autoguidance_by_other_conditions(x: Tensor) -> None:
     base, weak = denoiser_on(Linear()), ClassDenoiser(mixture(), Linear(), Sample())
     cond, uncond = means(x, Linear(), 0.4)
-    for condition in ("null", "none"):
+    for condition in ("null", None, "none"):  # None is what a command line makes of null
         guided = Autoguidance(scale=3.0, denoiser=weak, condition=condition)(base, NULLS)
         close(guided(x, 0.4).x0, uncond + 3 * (cond - uncond))
     assert Autoguidance(scale=1.0)(base, NULLS) is base

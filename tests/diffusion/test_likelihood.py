@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ornstein.diffusion.analytic import GaussianMixture
 from ornstein.diffusion.denoiser import Denoiser
-from ornstein.diffusion.guidance import CFGPlusPlus
+from ornstein.diffusion.guidance import AdaptiveProjected, CFGPlusPlus
 from ornstein.diffusion.likelihood import ProbabilityFlow
 from ornstein.diffusion.noise import NoiseSource, SampleNoise
 from ornstein.diffusion.parameterizations import (
@@ -390,3 +390,6 @@ def test_a_renoising_guidance_has_no_flow(mixture: GaussianMixture) -> None:
     guided = CFGPlusPlus(scale=0.5)(conditional, {"label": torch.tensor([3, 3])})
     with pytest.raises(ValueError, match="guidance=cfgpp follows no probability flow"):
         ProbabilityFlow(**PLAIN)(guided, x, noise_for(x))
+    moved = AdaptiveProjected(momentum=-0.5)(conditional, {"label": torch.tensor([3, 3])})
+    with pytest.raises(ValueError, match=r"guidance\.momentum follows no probability flow"):
+        ProbabilityFlow(**PLAIN)(moved, x, noise_for(x))

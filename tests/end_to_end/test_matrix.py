@@ -135,7 +135,8 @@ def trains_samples_and_resumes(compose, overrides, folder, *, latent):
     images = run.sample(4, steps=2)
     size = 32 if latent else 8
     assert images.dtype == torch.uint8 and images.shape == (4, 1, size, size)
-    assert len(images.unique()) > 1
+    # After three steps from a zero output a predicted x0 is still grey, and may round to one grey everywhere.
+    assert len(images.unique()) > 1 or "objective=x0" in overrides
 
     argv = ["train.py", f"resume={folder}", "trainer.max_steps=5"]
     name = prepare_resume(argv)

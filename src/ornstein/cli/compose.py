@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ornstein.cli.guides import check_words
-from ornstein.cli.launch import conf_dir, find_mistake, register_resolvers, remove_untouched
+from ornstein.cli.launch import as_ours, conf_dir, find_mistake, register_resolvers, remove_untouched
+from ornstein.cli.words import check_words
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def compose_train(overrides: Sequence[str] = (), *, run_dir: str | Path | None =
 
     outer = HydraConfig.instance().cfg
     try:
-        with _hydra(), _told():
+        with _hydra(), as_ours():
             cfg = compose("train", overrides=_words(overrides, run_dir), return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
             # What asks Hydra for its value is written out: nobody answers once the caller has the config.
@@ -73,7 +72,7 @@ def train(overrides: Sequence[str] = (), *, run_dir: str | Path | None = None) -
     config_name = prepare_resume(words)
     if config_name != "train" and run_dir is not None:
         raise OrnsteinError("resume=FOLDER goes on in that folder: leave run_dir out.")
-    with _hydra() as app, _told():
+    with _hydra() as app, as_ours():
         job = app.run(config_name, _train, _words(words, run_dir), with_log_configuration=False)
     if isinstance(job.return_value, Exception):
         raise _as_ours(job.return_value)
@@ -107,17 +106,6 @@ def _hydra() -> Iterator[Any]:
             yield GlobalHydra.instance().hydra
     finally:
         GlobalHydra.instance().hydra = outer
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        mistake = find_mistake(error) or (error if isinstance(error, HydraException) else None)
-        if mistake is None or isinstance(error, OrnsteinError):
-            raise
-        raise _as_ours(mistake) from error
 
 
 def _as_ours(mistake: Exception) -> OrnsteinError:

@@ -56,6 +56,10 @@ def check_guidance(guidance: Any, sampler: Any, cfg: DictConfig) -> None:
             f"guidance={name} renoises in a direction of its own, which sampler={type(sampler).__name__} cannot: "
             "choose sampler=ddim or euler, or guidance=cfg."
         )
+    from ornstein.diffusion.samplers.adaptive import NO_MOMENTUM, RK45
+
+    if getattr(guidance, "remembers", False) and isinstance(sampler, RK45):
+        raise OrnsteinError(f"guidance={name}: {NO_MOMENTUM}")
     for leaf in _leaves(guidance):
         if not getattr(leaf, "off", True):
             _check_leaf(leaf, cfg)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,13 @@ def store_run(config: dict[str, Any]) -> None:
     """Makes a finished run's config the base of sample and evaluate, its own groups an option called ``run``."""
     store = ConfigStore.instance()
     for group in RUN_GROUPS:
-        node = dict(config.get(group) or {})
+        # A defaults list in what was stored could bring in anything.
+        node = {key: value for key, value in dict(config.get(group) or {}).items() if key != "defaults"}
+        if group == "sampler" and isinstance(node.get("grid"), dict):
+            # An option of its own group, so that sampler/grid=karras takes the place of all of it.
+            grid = {key: value for key, value in node.pop("grid").items() if key != "defaults"}
+            store.store(group="sampler/grid", name="run", node=grid)
+            node = {"defaults": [{"grid": "run"}, "_self_"], **node}
         store.store(group=group, name="run", node=node)
     own = ("task", "paths", "resume", "seed", "checkpoint", "hydra", "likelihood", *RUN_GROUPS)
     store.store(name="run_base", node={key: value for key, value in config.items() if key not in own})
@@ -139,6 +146,22 @@ def find_mistake(error: BaseException) -> Exception | None:
     return error if isinstance(error, OmegaConfBaseException | InstantiationException) else None
 
 
+@contextmanager
+def as_ours() -> Iterator[None]:
+    """Within it, whatever tells of a user's mistake is raised as an OrnsteinError; the rest as it is."""
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except OrnsteinError:
+        raise
+    except Exception as error:
+        mistake = find_mistake(error) or (error if isinstance(error, HydraException) else None)
+        if mistake is None:
+            raise
+        raise (mistake if isinstance(mistake, OrnsteinError) else OrnsteinError(str(mistake))) from error
+
+
 def fail(error: Exception) -> None:
     """Prints one sentence to stderr and leaves with exit code 1."""
     tell(error)
@@ -152,7 +175,7 @@ def tell(error: Exception) -> None:
 
 def launch(config_name: str, body: Callable[[DictConfig], Any]) -> None:
     """Composes ``config_name`` with the command line and runs ``body`` once, or once a job of a multirun."""
-    from ornstein.cli.guides import check_words
+    from ornstein.cli.words import check_words
 
     register_resolvers()
     sys.argv[:] = options_first(sys.argv)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from ornstein.cli.guides import check_guidance, check_words, equip
-from ornstein.cli.launch import conf_dir, register_resolvers, store_run
+from ornstein.cli.guides import check_guidance, equip
+from ornstein.cli.launch import as_ours, conf_dir, register_resolvers, store_run
 from ornstein.cli.stored import StoredRun, open_run
 from ornstein.cli.trust import check_targets
-from ornstein.cli.validate import check_sampler
+from ornstein.cli.validate import check_sampler, check_scheduler_name
+from ornstein.cli.words import check_words
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def load(
     """
     stored = open_run(str(run))
     cfg = compose_for(stored, "sample", [f"run={_quoted(run)}"])
-    module = restore(stored, cfg, checkpoint=checkpoint, weights=weights, trust_targets=trust_targets, device=device)
+    with as_ours():
+        module = restore(
+            stored, cfg, checkpoint=checkpoint, weights=weights, trust_targets=trust_targets, device=device
+        )
     return Run(stored, module, cfg)
 
 
@@ -96,6 +100,8 @@ class Run:
         """
         import torch
 
+        if num_samples < 1:
+            raise OrnsteinError(f"num_samples={num_samples} must be at least 1.")
         overrides = [f"run={_quoted(self.stored.checkpoint or self.stored.folder)}"]
         overrides += [f"sampler={sampler}", f"guidance={guidance}"]
         overrides += [f"sampler.steps={steps}"] if steps is not None else []
@@ -124,7 +130,6 @@ def compose_for(stored: StoredRun, task: str, overrides: list[str]) -> DictConfi
     """Composes ``sample`` or ``evaluate`` on top of a stored run, as the command line does."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
 
     register_resolvers()
     store_run(stored.config)
@@ -133,10 +138,8 @@ def compose_for(stored: StoredRun, task: str, overrides: list[str]) -> DictConfi
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        with as_ours(), initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
             return compose(config_name=task, overrides=overrides)
-    except HydraException as error:
-        raise OrnsteinError(str(error)) from error
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -162,6 +165,7 @@ def restore(
 
     if weights not in ("ema", "model"):
         raise OrnsteinError(f"weights={weights} is unknown: choose ema or model.")
+    check_scheduler_name(cfg)
     check_targets(cfg, trust_targets)
     path = stored.checkpoint_path(checkpoint)
     state = AtomicCheckpointIO().load_checkpoint(path)
@@ -191,7 +195,9 @@ def sampling_options(
     Raises:
         OrnsteinError: an option that this run cannot honour.
     """
-    sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
+    check_scheduler_name(cfg)
+    with as_ours():
+        sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
     check_guidance(guidance, sampler, cfg)
     check_sampler(sampler, module.schedule, module.objective)
     guidance = equip(guidance, module, cfg, trust_targets=list(cfg.get("trust_targets") or ()))

@@ -66,6 +66,16 @@ def prepare_resume(argv: list[str]) -> str:
     # Hydra's own part and a defaults list could call or bring in anything before the config is looked at.
     config: dict[str, Any] = {key: value for key, value in stored.config.items() if key not in ("hydra", "defaults")}
     config["resume"], config["trust_targets"] = str(named), []
+    if "sampler" in chosen:
+        chosen.pop("sampler/grid", None)  # that sampler's defaults list has a place for it
+    elif "sampler/grid" in chosen:
+        # Without the run's own grid, so that the one that is chosen takes the place of all of it.
+        if "grid" not in (config.get("sampler") or {}):
+            raise OrnsteinError(
+                f"sampler/grid={chosen['sampler/grid']}: the run's own sampler takes no grid; name the sampler too: "
+                f"sampler=ddim sampler/grid={chosen['sampler/grid']}."
+            )
+        config["sampler"] = {key: value for key, value in config["sampler"].items() if key != "grid"}
     if chosen:
         config = {key: value for key, value in config.items() if key not in chosen}
         config["defaults"] = ["_self_", *({group: option} for group, option in chosen.items())]
@@ -87,7 +97,7 @@ def _check_changes(words: Sequence[str]) -> dict[str, str | None]:
         if match is None or not (match["given"] or word.startswith("~")):
             continue
         key, value = match["key"], match["value"]
-        if key in OPEN_GROUPS and match["given"] and not value.startswith("{"):
+        if key in (*OPEN_GROUPS, "sampler/grid") and match["given"] and not value.startswith("{"):
             chosen[key] = None if value in ("", "null") else value
         elif not _may_change(key):
             refused.append(word)

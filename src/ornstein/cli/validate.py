@@ -34,6 +34,7 @@ def validate(cfg: DictConfig) -> None:
     _check_precision(cfg)
     schedule, objective = instantiate(cfg.scheduler), instantiate(cfg.objective)
     _check_objective(objective, schedule, cfg, choices)
+    check_scheduler_name(cfg)
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
     check_guidance(guidance, sampler, cfg)
     check_sampler(sampler, schedule, objective)
@@ -130,6 +131,25 @@ def _check_objective(objective: Any, schedule: Any, cfg: DictConfig, choices: di
             f"objective={choices.get('objective', 'vlb')} ends in the likelihood of 8-bit pixels and "
             f"codec={choices.get('codec', 'kl')} diffuses latents: set objective.last=gaussian, or take a pixel model."
         )
+
+
+def check_scheduler_name(cfg: DictConfig) -> None:
+    """A scheduler of diffusers is one that ``sampler=diffusers`` can drive; told before anything of it is imported.
+
+    Raises:
+        OrnsteinError: names the class and those that are supported.
+    """
+    if not str(OmegaConf.select(cfg, "sampler._target_", default="")).endswith(".DiffusersSampler"):
+        return
+    from ornstein.diffusion.samplers.diffusers import check_supported
+
+    name = str(OmegaConf.select(cfg, "sampler.scheduler._target_", default="")).rpartition(".")[2]
+    if name[:1].islower():  # a function that makes one: the sampler looks at what it has made
+        return
+    try:
+        check_supported(name)
+    except ValueError as error:
+        raise OrnsteinError(str(error)) from error
 
 
 def check_sampler(sampler: Any, schedule: Any, objective: Any) -> None:

@@ -21,6 +21,7 @@ class Denoise(Protocol):
         cost: network evaluations per sample that the latest call took (an interval's guidance spends more inside it);
             before the first call, the most that one can take. Levels that differ by sample count every branch.
         renoises: predictions carry a renoising direction of their own (CFG++), which the sampler must honour.
+        remembers: predictions depend on the steps before (momentum), so that there must be steps, each taken once.
     """
 
     @property
@@ -31,6 +32,9 @@ class Denoise(Protocol):
 
     @property
     def renoises(self) -> bool: ...
+
+    @property
+    def remembers(self) -> bool: ...
 
     def start(self) -> Denoise:
         """The denoiser for a new trajectory: what keeps momentum over the steps begins with none."""
@@ -83,6 +87,11 @@ class Denoiser:
     @property
     def renoises(self) -> bool:
         """A network alone has no renoising direction of its own."""
+        return False
+
+    @property
+    def remembers(self) -> bool:
+        """A network alone knows x_t and the level, and nothing of the steps before."""
         return False
 
     def start(self) -> Denoise:
@@ -149,6 +158,10 @@ class Rescheduled:
     @property
     def renoises(self) -> bool:
         return self.denoiser.renoises
+
+    @property
+    def remembers(self) -> bool:
+        return self.denoiser.remembers
 
     def start(self) -> Denoise:
         return Rescheduled(self.denoiser.start(), self.schedule)

@@ -90,7 +90,7 @@ class UniformTime(_Stratified):
     def __init__(self, *, t_min: float = 1e-3, low_discrepancy: LowDiscrepancy = True) -> None:
         super().__init__(low_discrepancy)
         if not 0 <= t_min < 1:
-            raise ValueError(f"t_min={t_min} must lie in [0, 1).")
+            raise ValueError(f"objective.time.t_min={t_min} must lie in [0, 1).")
         self.t_min = t_min
 
     def draw(self, size: int, schedule: NoiseSchedule, noise: TrainingNoise, device: torch.device) -> Tensor:
@@ -115,7 +115,7 @@ class DiscreteUniformTime(_Stratified):
     def __init__(self, *, num_timesteps: int = 1000, low_discrepancy: LowDiscrepancy = False) -> None:
         super().__init__(low_discrepancy)
         if num_timesteps < 1:
-            raise ValueError(f"num_timesteps={num_timesteps} must be at least 1.")
+            raise ValueError(f"objective.time.num_timesteps={num_timesteps} must be at least 1.")
         self.num_timesteps = num_timesteps
 
     def draw(self, size: int, schedule: NoiseSchedule, noise: TrainingNoise, device: torch.device) -> Tensor:
@@ -142,7 +142,7 @@ class LogNormalSigma(_Stratified):
     def __init__(self, *, p_mean: float = -1.2, p_std: float = 1.2, low_discrepancy: LowDiscrepancy = True) -> None:
         super().__init__(low_discrepancy)
         if p_std <= 0:
-            raise ValueError(f"p_std={p_std} must be positive.")
+            raise ValueError(f"objective.time.p_std={p_std} must be positive.")
         self.p_mean, self.p_std = p_mean, p_std
 
     def draw(self, size: int, schedule: NoiseSchedule, noise: TrainingNoise, device: torch.device) -> Tensor:
@@ -172,7 +172,7 @@ class LogitNormalTime(_Stratified):
     def __init__(self, *, mean: float = 0.0, std: float = 1.0, low_discrepancy: LowDiscrepancy = True) -> None:
         super().__init__(low_discrepancy)
         if std <= 0:
-            raise ValueError(f"std={std} must be positive.")
+            raise ValueError(f"objective.time.std={std} must be positive.")
         self.mean, self.std = mean, std
 
     def draw(self, size: int, schedule: NoiseSchedule, noise: TrainingNoise, device: torch.device) -> Tensor:
@@ -253,7 +253,7 @@ class LossAdaptiveTime(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= t_min < 1:
-            raise ValueError(f"t_min={t_min} must lie in [0, 1).")
+            raise ValueError(f"objective.time.t_min={t_min} must lie in [0, 1).")
         if bins < 1 or history < 1 or not 0 < uniform_prob <= 1:
             raise ValueError(
                 f"objective.time=loss_adaptive needs bins >= 1, history >= 1 and uniform_prob in (0, 1], "

@@ -147,6 +147,8 @@ class ProbabilityFlow:
         """
         if denoise.renoises:
             raise ValueError("guidance=cfgpp follows no probability flow: a likelihood needs guidance=none or cfg.")
+        if denoise.remembers:
+            raise ValueError("guidance.momentum follows no probability flow: a likelihood needs guidance.momentum=0.")
         x0 = x0 if x0.dtype == torch.float64 else x0.float()
         self._check_size(x0)
         denoise, start, end = denoise.start(), *self.ends(denoise.schedule)

@@ -36,9 +36,16 @@ class NoisyClassifier(nn.Module):
         num_classes: width of the logits, at least 2.
         widths: channels of each level; the image is halved between them.
 
+    Attributes:
+        log_ratio_range: ln(sigma/alpha) between which its gradient can be trusted; ``guidance=classifier`` leaves it
+            out elsewhere.
+
     Raises:
         OrnsteinError: fewer than two classes, or no level.
     """
+
+    # A little less than what the trainer draws: at its very edge the slope is already three times too long.
+    log_ratio_range: tuple[float, float] = (-5.0, 4.0)
 
     def __init__(self, in_channels: int, num_classes: int, *, widths: Sequence[int] = (24, 48)) -> None:
         super().__init__()

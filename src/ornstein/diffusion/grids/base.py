@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol, overload
 
 import torch
@@ -40,14 +41,25 @@ class GridRule(Protocol):
     def times(self, schedule: NoiseSchedule, steps: int) -> Tensor: ...
 
 
+def check_steps(steps: object) -> None:
+    """Refuses a number of steps that is none.
+
+    Raises:
+        ValueError: steps < 1, or not a whole number.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
+        raise ValueError(f"sampler.steps={steps} must be a whole number, 50 say.")
+    if steps < 1:
+        raise ValueError(f"sampler.steps={steps}: a sampler needs at least 1 step.")
+
+
 def make_grid(rule: GridRule, schedule: NoiseSchedule, steps: int) -> Grid:
     """The grid of a rule on a schedule.
 
     Raises:
-        ValueError: steps < 1, or a rule that gives times that do not fall or leave [0, 1].
+        ValueError: steps < 1 or not whole, or a rule that gives times that do not fall or leave [0, 1].
     """
-    if steps < 1:
-        raise ValueError(f"sampler.steps={steps}: a sampler needs at least 1 step.")
+    check_steps(steps)
     clean = clean_level(schedule) if getattr(rule, "to_zero", False) else None
     # The clean level takes the last step, so the rule places one step less; with a single one, only its start.
     count = steps if clean is None else steps - 1

@@ -13,6 +13,16 @@ from ornstein.diffusion.grids.base import ramp
 from ornstein.diffusion.schedules import NoiseSchedule
 
 
+def _check_ends(t_max: float, t_min: float) -> None:
+    for key, value in (("t_max", t_max), ("t_min", t_min)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"sampler.grid.{key}={value} leaves [0, 1]: 0 is data and 1 is noise.")
+    if t_min >= t_max:
+        raise ValueError(
+            f"sampler.grid.t_max={t_max} must be above sampler.grid.t_min={t_min}: sampling runs from noise to data."
+        )
+
+
 @dataclass(frozen=True)
 class Uniform:
     r"""Equal steps of t, from ``t_max`` to ``t_min``.
@@ -25,12 +35,15 @@ class Uniform:
     When: a first choice on any schedule, and the only one that needs no thought.
 
     Raises:
-        ValueError: when laid, if the times do not fall or leave [0, 1].
+        ValueError: unless 0 <= t_min < t_max <= 1.
     """
 
     t_max: float = 1.0
     t_min: float = 0.0
     to_zero: bool = False
+
+    def __post_init__(self) -> None:
+        _check_ends(self.t_max, self.t_min)
 
     def times(self, schedule: NoiseSchedule, steps: int) -> Tensor:
         return ramp(self.t_max, self.t_min, steps + 1)
@@ -46,7 +59,7 @@ class Quadratic:
     When: DDIM of few steps on small images.
 
     Raises:
-        ValueError: power is not positive.
+        ValueError: power is not positive, or unless 0 <= t_min < t_max <= 1.
     """
 
     power: float = 2.0
@@ -55,13 +68,11 @@ class Quadratic:
     to_zero: bool = False
 
     def __post_init__(self) -> None:
+        _check_ends(self.t_max, self.t_min)
         if not 0 < self.power < math.inf:
             raise ValueError(f"sampler.grid.power={self.power} must be positive: 1 is uniform, 2 quadratic.")
 
     def times(self, schedule: NoiseSchedule, steps: int) -> Tensor:
-        # A negative end has no root: it is left to make_grid, which says that it leaves [0, 1].
-        if min(self.t_max, self.t_min) < 0:
-            return ramp(self.t_max, self.t_min, steps + 1)
         root = 1 / self.power
         times = ramp(self.t_max**root, self.t_min**root, steps + 1) ** self.power
         times[0], times[-1] = self.t_max, self.t_min
@@ -146,7 +157,8 @@ class LogSNR:
         to_data: end with a step to t = 0 rather than at ``t_min``; without it ``to_zero`` has nothing to go on from.
 
     Raises:
-        ValueError: both ``to_zero`` and no ``to_data``; or, when laid, if the times do not fall or leave [0, 1].
+        ValueError: both ``to_zero`` and no ``to_data``, or unless 0 <= t_min < t_max <= 1; or, when laid, if an end's
+            log-SNR is infinite.
     """
 
     t_max: float = 0.999
@@ -156,6 +168,7 @@ class LogSNR:
     to_zero: bool = False
 
     def __post_init__(self) -> None:
+        _check_ends(self.t_max, self.t_min)
         if self.to_zero and not self.to_data:
             raise ValueError(
                 "sampler.grid.to_zero=true goes beyond t = 0, where sampler.grid.to_data=false does not arrive: "
@@ -164,6 +177,12 @@ class LogSNR:
 
     def times(self, schedule: NoiseSchedule, steps: int) -> Tensor:
         first, last = (float(schedule.log_snr(t)) for t in (self.t_max, self.t_min))
+        for key, value, end, inner in (("t_max", self.t_max, first, 0.999), ("t_min", self.t_min, last, 1e-3)):
+            if math.isinf(end):
+                raise ValueError(
+                    f"sampler.grid.{key}={value} has infinite log-SNR on this schedule, which no equal steps reach: "
+                    f"choose sampler.grid.{key}={inner}."
+                )
         times = schedule.time(ramp(first, last, steps + (not self.to_data)))
         if self.to_data:
             times = torch.cat([times, torch.zeros(1, dtype=torch.float64)])

@@ -46,12 +46,12 @@ class Discrete:
 
     def __post_init__(self) -> None:
         if self.spacing not in _SPACINGS:
-            raise ValueError(f"spacing {self.spacing!r} is unknown: choose one of {', '.join(_SPACINGS)}.")
+            raise ValueError(f"sampler.grid.spacing={self.spacing!r} is unknown: choose one of {', '.join(_SPACINGS)}.")
 
     def times(self, schedule: NoiseSchedule, steps: int) -> Tensor:
         total = self.num_timesteps
         if steps > total:
-            raise ValueError(f"sampler.steps={steps} exceeds the grid's num_timesteps={total}: use at most that many.")
+            raise ValueError(f"sampler.steps={steps} exceeds sampler.grid.num_timesteps={total}: take at most those.")
         if self.spacing == "leading":
             index = torch.arange(steps, dtype=torch.float64).mul(total // steps).flip(0) + self.offset
         elif self.spacing == "trailing":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise
-from ornstein.diffusion.guidance.base import Call, Part
+from ornstein.diffusion.guidance.base import Call, Part, finite
 from ornstein.diffusion.guidance.free import unconditional
 from ornstein.diffusion.prediction import Prediction
 
@@ -26,7 +26,7 @@ class AdaptiveProjected(Part):
 
     parallel and orthogonal to :math:`\hat x_0(c)`. The parallel part is what saturates images. At eta = 1 without
     threshold and momentum this is cfg. The average stands still within a step: where a sampler calls twice, both calls
-    add the average of the steps before.
+    add the average of the steps before. An adaptive solver, which discards steps, refuses momentum.
 
     Args:
         scale: w; 1 is off.
@@ -39,8 +39,8 @@ class AdaptiveProjected(Part):
     When: high scales that oversaturate under cfg are wanted.
 
     Raises:
-        ValueError: eta below 0, a threshold that is not positive, |momentum| not below 1; when called, an unconditional
-            denoiser.
+        ValueError: a number that is not finite, eta below 0, a threshold that is not positive, |momentum| not below 1;
+            when called, an unconditional denoiser.
     """
 
     scale: float = 4.0
@@ -49,6 +49,11 @@ class AdaptiveProjected(Part):
     momentum: float = -0.5
 
     def __post_init__(self) -> None:
+        finite("guidance.scale", self.scale)
+        finite("guidance.eta", self.eta)
+        finite("guidance.momentum", self.momentum)
+        if self.norm_threshold is not None:
+            finite("guidance.norm_threshold", self.norm_threshold)
         if self.eta < 0:
             raise ValueError(f"guidance.eta={self.eta} must not be negative: 0 leaves the parallel part out, 1 is cfg.")
         if self.norm_threshold is not None and not self.norm_threshold > 0:
@@ -63,6 +68,10 @@ class AdaptiveProjected(Part):
     @property
     def needs_null(self) -> bool:
         return not self.off
+
+    @property
+    def remembers(self) -> bool:
+        return not self.off and self.momentum != 0
 
     def branches(self, denoiser: Denoise, null: Mapping[str, Tensor]) -> dict[str, Denoise]:
         return {"null": unconditional(denoiser, null, "apg")}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise, Denoiser
-from ornstein.diffusion.guidance.base import Call, Part, beside
+from ornstein.diffusion.guidance.base import Call, Part, beside, finite
 from ornstein.diffusion.prediction import Prediction
 
 _CONDITIONS = ("same", "null", "none")
@@ -30,25 +30,29 @@ class Autoguidance(Part):
             it; from Python give ``denoiser``.
         checkpoint: last or best, where ``run`` is a folder.
         weights: ema or model.
-        condition: ``same`` as the main model's; ``null``, the weak model's null form; ``none``, a weak model without
-            condition.
+        condition: ``same`` as the main model's; ``null`` (or None, which is what a command line makes of it), the
+            weak model's null form; ``none``, a weak model without condition.
         denoiser: the weak model ready-made, without conditioning.
 
     Source: Karras et al. 2024 (arXiv 2406.02507).
     When: quality should rise without the loss of variety that cfg brings, or the model is unconditional.
 
     Raises:
-        ValueError: an unknown condition; when called, no weak model, or no null form where it was asked for.
+        ValueError: a scale that is no finite number, an unknown condition; when called, no weak model, or no null form
+            where it was asked for.
     """
 
     scale: float = 2.0
     run: str | None = None
     checkpoint: str = "last"
     weights: str = "ema"
-    condition: str = "same"
+    condition: str | None = "same"
     denoiser: Denoiser | None = None
 
     def __post_init__(self) -> None:
+        finite("guidance.scale", self.scale)
+        if self.condition is None:
+            object.__setattr__(self, "condition", "null")
         if self.condition not in _CONDITIONS:
             raise ValueError(f"guidance.condition={self.condition!r} is unknown: choose {', '.join(_CONDITIONS)}.")
 

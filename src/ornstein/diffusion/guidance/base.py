@@ -6,9 +6,11 @@ predictions. The branches are then evaluated together: each distinct one once, t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -90,6 +92,7 @@ class Part(ABC):
         needs_null: the model must have been trained with dropped conditioning.
         needs_condition: the model must be conditional.
         renoises: it sets ``Prediction.renoise_eps``.
+        remembers: what it adds depends on the steps before.
         differentiates: ``apply`` takes gradients through the denoiser.
     """
 
@@ -107,6 +110,10 @@ class Part(ABC):
 
     @property
     def renoises(self) -> bool:
+        return False
+
+    @property
+    def remembers(self) -> bool:
         return False
 
     @property
@@ -170,6 +177,11 @@ class Guided:
     def renoises(self) -> bool:
         return self.part.renoises or self.denoiser.renoises
 
+    @property
+    def remembers(self) -> bool:
+        every = (self.denoiser, *self.branches.values())
+        return self.part.remembers or any(denoise.remembers for denoise in every)
+
     def start(self) -> Denoise:
         """The same guidance without momentum, for a new trajectory."""
         denoiser = self.denoiser.start()
@@ -210,6 +222,17 @@ class Guided:
             denoisers = {"": self.denoiser, **self.branches}
             self.plans[names] = plan({name: (self.numbers[name], denoisers[name]) for name in names}, self.schedule)
         return self.plans[names]
+
+
+def finite(key: str, value: object) -> None:
+    """Refuses what is no finite number, because images would come out black without a word.
+
+    Raises:
+        ValueError: names the key as it is typed.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        shown = "null" if value is None else value if isinstance(value, Real) else repr(value)
+        raise ValueError(f"{key}={shown} must be a finite number, such as 2.0.")
 
 
 def tracked(x: Tensor, keep: bool) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ornstein.diffusion.denoiser import Denoise, Denoiser
-from ornstein.diffusion.guidance.base import Call, Part, beside, gradient
+from ornstein.diffusion.guidance.base import Call, Part, beside, finite, gradient
+from ornstein.diffusion.guidance.interval import between
 from ornstein.diffusion.prediction import Prediction
 from ornstein.diffusion.schedules import Level, Scalar
 
@@ -27,11 +28,15 @@ class Classifier(Part):
         \tilde x_0 = \hat x_0(x_t) + \frac{\sigma^2}{\alpha}\, w\, \nabla_{x_t} \log p(y | x_t, t),
 
     that is, score + w grad for every alpha and sigma. At w = 1 and with the true p, an unconditional model becomes
-    the conditional one. Where alpha = 0 (flow's t = 1) x_t says nothing about y and the prediction stays as it is.
-    ``cost`` counts the classifier's evaluation as one of a network; its backward pass is not counted.
+    the conditional one. Where alpha = 0 (flow's t = 1) x_t says nothing about y and the prediction stays as it is; so
+    it does at levels that the classifier was not trained on, where a large :math:`\sigma^2/\alpha` would make much of
+    a gradient that means nothing. ``cost`` counts the classifier's evaluation as one of a network; its backward pass
+    is not counted.
 
     Args:
-        network: ``(x_in (B, *shape), noise_cond (B,)) -> logits (B, classes)``.
+        network: ``(x_in (B, *shape), noise_cond (B,)) -> logits (B, classes)``. Where it has an attribute
+            ``log_ratio_range`` = (low, high), its gradient counts as 0, and is not taken, unless low < ln(sigma/alpha)
+            <= high. The package's own are good for -5 to 4.
         scale: w; 0 is off.
         target: the class to steer to; null takes the label of each sample, which a conditional model has.
         conditioning: ``log_ratio`` gives the network x_t / sqrt(alpha**2 + sigma**2) and ln(sigma/alpha)/4, so that
@@ -44,7 +49,8 @@ class Classifier(Part):
     model.
 
     Raises:
-        ValueError: an unknown conditioning, a target below 0; when called, no label to steer to.
+        ValueError: a scale that is no finite number, an unknown conditioning, a target below 0; when called, no label
+            to steer to.
     """
 
     network: nn.Module
@@ -54,6 +60,7 @@ class Classifier(Part):
     weights: str | None = None
 
     def __post_init__(self) -> None:
+        finite("guidance.scale", self.scale)
         if self.conditioning not in _CONDITIONINGS:
             raise ValueError(
                 f"guidance.conditioning={self.conditioning!r} is unknown: choose {' or '.join(_CONDITIONINGS)}."
@@ -70,18 +77,22 @@ class Classifier(Part):
         return not self.off and self.target is None
 
     def own_cost(self, level: Level | None) -> int:
-        return 1
+        return 0 if self._inside(level) is False else 1
 
     def branches(self, denoiser: Denoise, null: Mapping[str, Tensor]) -> dict[str, Denoise]:
         beside(self.network, denoiser)
         return {}
 
     def apply(self, call: Call) -> Prediction:
-        level = call.level
+        level, inside = call.level, self._inside(call.level)
         label = self._label(call)
+        if inside is False:
+            return call.current
         slope = gradient(lambda x: self.log_prob(x, level, label).sum(), call.x_t, keep=call.keep_graph)
-        factor = self.scale * _signal_ratio(level)
-        return call.current.with_x0(lambda x0: x0 + factor * slope)
+        step = self.scale * _signal_ratio(level) * slope
+        if isinstance(inside, Tensor):
+            step = torch.where(inside, step, 0.0)
+        return call.current.with_x0(lambda x0: x0 + step)
 
     def log_prob(self, x_t: Tensor, level: Level, label: Tensor) -> Tensor:
         """The log-probability of each label given x_t, (B,), for x_t (B, *shape) and labels (B,)."""
@@ -97,6 +108,10 @@ class Classifier(Part):
         if isinstance(value, Tensor):
             return value.reshape(-1).to(x_t.device, dtype).expand(x_t.shape[0])
         return torch.full((x_t.shape[0],), value, device=x_t.device, dtype=dtype)
+
+    def _inside(self, level: Level | None) -> bool | Tensor:
+        known = getattr(self.network, "log_ratio_range", None)
+        return True if known is None else between(level, *(math.exp(end) for end in known))
 
     def _label(self, call: Call) -> Tensor:
         if self.target is not None:

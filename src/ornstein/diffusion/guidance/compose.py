@@ -66,6 +66,10 @@ class Compose(Part):
         return any(part.renoises for part in self)
 
     @property
+    def remembers(self) -> bool:
+        return any(part.remembers for part in self)
+
+    @property
     def differentiates(self) -> bool:
         return any(part.differentiates for part in self)
 

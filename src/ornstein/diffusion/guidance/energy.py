@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ornstein.diffusion.guidance.base import Call, Part, gradient
+from ornstein.diffusion.guidance.base import Call, Part, finite, gradient
 from ornstein.diffusion.prediction import Prediction
 from ornstein.diffusion.schedules import Level, Scalar
 
@@ -43,8 +43,8 @@ class Energy(Part):
     When: what is wanted can be written as a loss, and no model was trained for it.
 
     Raises:
-        ValueError: an unknown gradient, a sigma_data that is not positive; when called, no loss, or one that does not
-            give a number for each sample.
+        ValueError: a scale that is no finite number, an unknown gradient, a sigma_data that is not positive; when
+            called, no loss, or one that does not give a number for each sample.
     """
 
     loss: Callable[[Tensor], Tensor] | None = None
@@ -54,6 +54,8 @@ class Energy(Part):
     decode: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        finite("guidance.scale", self.scale)
+        finite("guidance.sigma_data", self.sigma_data)
         if self.gradient not in _GRADIENTS:
             raise ValueError(f"guidance.gradient={self.gradient!r} is unknown: choose {' or '.join(_GRADIENTS)}.")
         if not self.sigma_data > 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise, Denoiser
-from ornstein.diffusion.guidance.base import Call, Part
+from ornstein.diffusion.guidance.base import Call, Part, finite
 from ornstein.diffusion.parameterizations import Parameterization
 from ornstein.diffusion.prediction import Prediction
 
@@ -55,8 +55,8 @@ class ClassifierFree(Part):
     When: a class-conditional model was trained with label dropout, and fidelity matters more than variety.
 
     Raises:
-        ValueError: a rescale outside [0, 1], an unknown rescale_in, a negative class number; when called, an
-            unconditional denoiser.
+        ValueError: a scale that is no finite number, a rescale outside [0, 1], an unknown rescale_in, a negative class
+            number; when called, an unconditional denoiser.
     """
 
     scale: float = 2.0
@@ -65,6 +65,8 @@ class ClassifierFree(Part):
     negative: int | None = None
 
     def __post_init__(self) -> None:
+        finite("guidance.scale", self.scale)
+        finite("guidance.rescale", self.rescale)
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance.rescale={self.rescale} must lie in [0, 1]: 0 is off, 0.7 is the paper's.")
         if self.rescale_in not in _SPACES:
@@ -139,6 +141,7 @@ class CFGPlusPlus(Part):
     scale: float = 0.6
 
     def __post_init__(self) -> None:
+        finite("guidance.scale", self.scale)
         if not 0 <= self.scale <= 1:
             raise ValueError(f"guidance.scale={self.scale} of cfgpp is an interpolation: give a number in [0, 1].")
 

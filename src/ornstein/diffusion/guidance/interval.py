@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ornstein.diffusion.denoiser import Denoise
-from ornstein.diffusion.guidance.base import Call, Part
+from ornstein.diffusion.guidance.base import Call, Part, finite
 from ornstein.diffusion.guidance.free import ClassifierFree
 from ornstein.diffusion.prediction import Prediction
 from ornstein.diffusion.schedules import Level
@@ -23,7 +23,9 @@ class Interval(Part):
     .. math:: w(t) = w \text{ where } \sigma_{min} < \sigma(t)/\alpha(t) \le \sigma_{max}, \text{ else } 1
 
     Outside the interval only the conditional branch is evaluated, and only it is counted. With a level for each sample
-    (an adaptive solver's) every branch is evaluated for all of them.
+    (an adaptive solver's) every branch is evaluated for all of them. A grid of few steps may have no level inside;
+    then nothing is guided, and only the number of network evaluations tells, which is that of guidance=none: take more
+    steps, or wider bounds.
 
     Args:
         scale: of cfg inside the interval; not read where ``part`` is given.
@@ -38,7 +40,8 @@ class Interval(Part):
     When: cfg costs variety or evaluations: at high noise it only narrows, at low noise it does little.
 
     Raises:
-        ValueError: one bound in both units, bounds that leave nothing between, or a part that cannot be composed.
+        ValueError: a scale that is no finite number, one bound in both units, bounds that leave nothing between, or a
+            part that cannot be composed.
     """
 
     scale: float = 2.0
@@ -49,6 +52,7 @@ class Interval(Part):
     part: Part | None = None
 
     def __post_init__(self) -> None:
+        finite("guidance.scale", self.scale)
         for sigma, snr in (("sigma_max", "log_snr_min"), ("sigma_min", "log_snr_max")):
             if getattr(self, sigma) is not None and getattr(self, snr) is not None:
                 raise ValueError(
@@ -93,6 +97,10 @@ class Interval(Part):
         return self.inner.renoises
 
     @property
+    def remembers(self) -> bool:
+        return self.inner.remembers
+
+    @property
     def differentiates(self) -> bool:
         return self.inner.differentiates
 
@@ -120,12 +128,16 @@ class Interval(Part):
         return chosen.with_renoise_eps(torch.where(inside, guided.renoise_eps, plain.renoise_eps))
 
     def _inside(self, level: Level | None) -> bool | Tensor:
-        if level is None:
-            return True
-        low, high = self.bounds
-        # Products, not the ratio: alpha may be 0.
-        above: bool | Tensor = level.sigma > low * level.alpha
-        below: bool | Tensor = high == math.inf or level.sigma <= high * level.alpha
-        if isinstance(above, Tensor) or isinstance(below, Tensor):
-            return torch.as_tensor(above) & torch.as_tensor(below)
-        return above and below
+        return between(level, *self.bounds)
+
+
+def between(level: Level | None, low: float, high: float) -> bool | Tensor:
+    """Whether low < sigma/alpha <= high at a level, or for each sample; True where no level is given."""
+    if level is None:
+        return True
+    # Products, not the ratio: alpha may be 0.
+    above: bool | Tensor = level.sigma > low * level.alpha
+    below: bool | Tensor = high == math.inf or level.sigma <= high * level.alpha
+    if isinstance(above, Tensor) or isinstance(below, Tensor):
+        return torch.as_tensor(above) & torch.as_tensor(below)
+    return above and below

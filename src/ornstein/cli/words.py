@@ -1,0 +1,115 @@
+"""Overrides that Hydra would take for something else, or would answer with advice that does not help.
+
+``sampler.grid=karras`` sets a text where an option is meant; and for a key that an option does not have Hydra's hint is
+to add it by ``+``, which then fails when the option is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ornstein.cli import guides
+from ornstein.cli.launch import conf_dir
+from ornstein.errors import OrnsteinError
+
+_GROUPS = ("sampler", "scheduler", "objective")  # guidance has words of its own
+_OVERRIDE = re.compile(r"(?P<sign>[+~]{0,2})(?P<key>[A-Za-z_][\w./]*)=(?P<value>.*)", re.DOTALL)
+_OPTION = re.compile(r"[A-Za-z_]\w*")
+
+
+def check_words(task: str, words: Sequence[str]) -> None:
+    """Refuses overrides that cannot mean what they say.
+
+    Args:
+        task: the primary config: train, sample, evaluate or resumed.
+        words: the overrides.
+
+    Raises:
+        OrnsteinError: says which option is meant, or which keys the chosen option has.
+    """
+    guides.check_words(task, words)
+    matches = [match for match in map(_OVERRIDE.fullmatch, words) if match is not None]
+    for match in matches:
+        _check_dots(match)
+    dotted = [match for match in matches if not match["sign"] and match["key"].partition(".")[0] in _GROUPS]
+    dotted = [match for match in dotted if "." in match["key"] and "/" not in match["key"]]
+    grids = [match for match in matches if match["key"] == "sampler/grid"]
+    if not (dotted or grids):
+        return
+    chosen = [match for match in matches if (conf_dir() / match["key"]).is_dir()]
+    cfg = _composed(task, [match.string for match in chosen if match["key"] != "sampler/grid"])
+    if cfg is None:
+        return
+    for match in grids:
+        if str(OmegaConf.select(cfg, "sampler._target_")).endswith(".DiffusersSampler"):
+            raise OrnsteinError(
+                f"{match.string}: sampler=diffusers has no grid of ours, diffusers' schedulers bring their own: leave "
+                f"it out (+sampler.scheduler.use_karras_sigmas=true, say, is theirs), or name another sampler: "
+                f"sampler=ddim {match.string}."
+            )
+    whole = _composed(task, [match.string for match in chosen]) if grids else cfg
+    if whole is None:
+        return
+    for match in dotted:
+        _check_key(match, whole)
+
+
+def _check_dots(match: re.Match[str]) -> None:
+    """A dot for a slash."""
+    group = match["key"].replace(".", "/")
+    if "." in match["key"] and _OPTION.fullmatch(match["value"]) and _options(group):
+        if match["value"] in ("null", "true", "false"):
+            return
+        raise OrnsteinError(
+            f"{match.string} sets a text where an option is meant, whose group is written with a slash: choose "
+            f"{group}={match['value']}."
+        )
+
+
+def _check_key(match: re.Match[str], cfg: DictConfig) -> None:
+    """A key that the class at its place is not configured by."""
+    path, _, key = match["key"].rpartition(".")
+    node: Any = OmegaConf.select(cfg, path, default=None)
+    # What is not ours may take keys that its file does not show: Hydra's hint is right there.
+    if not isinstance(node, DictConfig) or key in node or not str(node.get("_target_")).startswith("ornstein."):
+        return
+    group = path.replace(".", "/")
+    option = OmegaConf.select(cfg, "hydra.runtime.choices", default={}).get(group, "run")
+    named = f"the run's own {path}" if option == "run" else f"{group}={option}"
+    keys = [str(own) for own in node if not str(own).startswith("_")]
+    others = [path.stem for path in _options(group) if key in _keys(path)]
+    told = f"{match.string}: {named} has no {key}; it has {', '.join(keys) or 'no keys'}."
+    if others:
+        told = f"{told[:-1]}. {group}={', '.join(others)} {'have' if len(others) > 1 else 'has'} one."
+    raise OrnsteinError(told)
+
+
+def _options(group: str) -> list[Path]:
+    return sorted((conf_dir() / group).glob("*.yaml"))
+
+
+def _keys(path: Path) -> set[str]:
+    return {str(key) for key in OmegaConf.load(path)} - {"defaults", "_target_"}
+
+
+def _composed(task: str, words: list[str]) -> DictConfig | None:
+    """The config of these options; None where there is none, of which Hydra tells when it is its turn."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            return compose(task, overrides=words, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    finally:
+        GlobalHydra.instance().hydra = outer
