@@ -117,24 +117,24 @@ class SampleNoise:
     index: Tensor
     shape: tuple[int, ...]
     horizon: int = 0
-    _ahead: dict[int, tuple[int, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _ahead: dict[int, tuple[int, tuple[Tensor, ...]]] = field(default_factory=dict, repr=False, compare=False)
 
     def expect(self, steps: int) -> SampleNoise:
         """The same noise, for a sampler of so many steps."""
         return replace(self, horizon=steps + 1)
 
     def __call__(self, step: int, draw: int = 0) -> Tensor:
-        first, block = self._ahead.get(draw, (0, None))
-        if block is not None and first <= step < first + len(block):
+        first, block = self._ahead.get(draw, (0, ()))
+        if first <= step < first + len(block):
             return block[step - first]
-        goes_on = block is not None and step == first + len(block)
+        goes_on = len(block) > 0 and step == first + len(block)
         most = max(1, _AHEAD // max(1, len(self.index) * math.prod(self.shape)))
-        count = 2 * len(block) if goes_on and block is not None else 1
+        count = 2 * len(block) if goes_on else 1
         if 0 < step < self.horizon:  # not for the initial noise: a deterministic sampler asks for no other
             count = self.horizon - step
         count = min(count, most)
         steps = torch.arange(step, step + count, device=self.index.device)
-        block = self.source.noises(self.index, steps, draw, shape=self.shape).float()
+        block = self.source.noises(self.index, steps, draw, shape=self.shape).float().unbind()
         self._ahead[draw] = (step, block)
         return block[0]
 
