@@ -25,6 +25,7 @@ FACTORS = {
 # Pairs that cannot work, and the words that say so. The schedules, samplers and guidances that are not here are judged
 # on ground truth, in tests/diffusion, and run through the command line below.
 REFUSED = {
+    frozenset({("sampler", "rk45"), ("guidance", "apg")}): "guidance.momentum=0",
     **{frozenset({("scheduler", "flow"), ("objective", name)}): "zero SNR" for name in ("eps", "score", "hybrid")},
     **{frozenset({("model", "pixel_unet"), ("guidance", name)}): "no condition" for name in ("cfg", "apg", "interval")},
     **{
