@@ -92,8 +92,8 @@ class Sampler(ABC):
         """
         if denoise.renoises and not self.renoises:
             raise ValueError(
-                f"{type(self).__name__} cannot renoise as guidance=cfgpp asks: choose sampler=ddim, euler or ddpm, "
-                "or guidance=cfg."
+                f"{type(self).__name__} cannot renoise as guidance=cfgpp asks: choose sampler=ddim, euler or "
+                "euler_ancestral, or guidance=cfg."
             )
         return denoise.start()
 
