@@ -181,7 +181,8 @@ def test_refused_in_one_sentence(compose, overrides, words):
         validate(compose(*overrides.split()))
     told = sentence(caught.value)
     assert [word for word in words.split() if word not in told] == [], told
-    assert len(told) < 600 and "Traceback" not in told
+    # Eighteen classes of diffusers are named where one is refused.
+    assert len(told) < (600 if "sampler.scheduler" in overrides else 450) and "Traceback" not in told
 
 
 @pytest.mark.parametrize("overrides", ACCEPTED)

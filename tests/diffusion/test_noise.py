@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ornstein.diffusion.noise import NoiseSource, derive_seed, philox
 
@@ -101,3 +102,25 @@ def test_derived_seeds_are_stable_and_distinct() -> None:
 def test_seed_out_of_range(seed: int) -> None:
     with pytest.raises(ValueError, match="choose a non-negative seed"):
         NoiseSource(seed)
+
+
+class HostData(TorchDispatchMode):
+    """Counts tensors made of Python numbers: on an accelerator, each is a copy that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += str(func).startswith("aten.lift_fresh")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_draw_copies_nothing_from_the_host_but_the_first_of_a_seed() -> None:
+    def drawn(seed: int) -> int:
+        with HostData() as host:
+            NoiseSource(seed).bind(torch.arange(2), (3, 4))(1)
+        return host.seen
+
+    assert drawn(987654321) > 0
+    assert drawn(987654321) == 0

@@ -40,22 +40,7 @@ CONFIGS = Path(__file__).parents[2] / "conf" / "scheduler"
 # Every option of conf/scheduler by its name, those of the shared table with it; test_schedule_configs.py checks that
 # none is missing.
 OPTIONS = {name: make for name, make in SHARED.items() if (CONFIGS / f"{name}.yaml").exists()} | {
-    "linear": Linear,
-    "scaled_linear": ScaledLinear,
-    "cosine": Cosine,
-    "cosine_continuous": ContinuousCosine,
-    "quadratic": Quadratic,
-    "sigmoid": Sigmoid,
-    "snr_sigmoid": SNRSigmoid,
-    "exponential": Exponential,
-    "constant": Constant,
-    "laplace": Laplace,
-    "laplace_table": LaplaceTable,
-    "flow": Flow,
-    "edm": EDM,
-    "ve": VE,
-    "sub_vp": SubVP,
-    "vdm_learned": VDMLearned,
+    "vdm_learned": VDMLearned,  # at its own size; the table's is smaller
 }
 EXPLODING = {"edm", "ve"}  # alpha = 1: zero terminal SNR is refused
 QUICK = OPTIONS | {"vdm_learned": partial(VDMLearned, hidden=32)}

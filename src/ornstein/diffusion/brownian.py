@@ -25,7 +25,7 @@ class BrownianPath:
     in units of the interval. Points are rounded to multiples of 2**-levels of it, where the sum is exact: increments
     over intervals that do not overlap are independent, and W(c) - W(a) = (W(c) - W(b)) + (W(b) - W(a)). Halving a
     sampler's steps refines the same path, so that an SDE sampler converges sample by sample. One increment costs up to
-    2 ``levels`` normals a value, where fresh noise costs one.
+    2 ``levels`` normals a value, where fresh noise costs one, and on an accelerator the host waits for each increment.
 
     Any strictly monotone clock will do; t itself is bounded on every schedule.
     Source: Lévy 1948; Li et al. 2020 (arXiv 2001.01328), section 4.

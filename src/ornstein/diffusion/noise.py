@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,17 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
+
+
+@lru_cache(maxsize=64)
+def _constants(key: tuple[int, int], device: torch.device, ndim: int) -> tuple[Tensor, Tensor]:
+    """Multipliers (2, 1, ...) and round keys (rounds, 2, 1, ...), kept: to copy them to a device, the host waits."""
+    keys = [[(k + i * w) & _MASK for k, w in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)]
+    lane = (2, *([1] * ndim))
+    return (
+        torch.tensor(_MULTIPLIERS, device=device).reshape(lane),
+        torch.tensor(keys, device=device).reshape(_ROUNDS, *lane),
+    )
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
@@ -36,10 +48,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     # Both lanes of a round in one tensor: on small draws, the number of operations is the whole cost.
     even, odd = torch.stack([c0, c2]), torch.stack([c1, c3])
-    lane = (-1, 2, *([1] * c0.ndim))
-    multipliers = torch.tensor(_MULTIPLIERS, device=c0.device).reshape(lane[1:])
-    keys = torch.tensor([[(k + i * w) & _MASK for k, w in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)])
-    keys = keys.to(c0.device).reshape(lane)
+    multipliers, keys = _constants(key, c0.device, c0.ndim)
     for i in range(_ROUNDS):
         # The product wraps in int64; its 64 bits are still those of the unsigned product, so masks recover both halves.
         crossed = (even * multipliers).flip(0)
