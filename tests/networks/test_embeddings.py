@@ -3,8 +3,10 @@ import torch
 
 from ornstein.errors import OrnsteinError
 from ornstein.networks.embeddings import (
+    NOISE_EMBEDDINGS,
     ConditionEmbedding,
     FourierEmbedding,
+    OneHotLinear,
     sincos_positions,
     sinusoidal_embedding,
 )
@@ -18,6 +20,35 @@ def test_sinusoids_are_those_of_diffusers(dim):
     expected = get_timestep_embedding(t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
     # Angles reach 1000 radians, where float32 is spaced 6e-5 apart.
     torch.testing.assert_close(sinusoidal_embedding(t, dim), expected, rtol=0, atol=2e-4)
+
+
+def test_ddpms_sinusoids_are_those_of_diffusers():
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    t = torch.tensor([0.0, 0.5, 17.25, 999.0])
+    expected = get_timestep_embedding(t, 32, flip_sin_to_cos=False, downscale_freq_shift=1)  # as google/ddpm-cifar10-32
+    torch.testing.assert_close(NOISE_EMBEDDINGS["ddpm"](32)(t), expected, rtol=0, atol=2e-4)
+
+
+def test_ncsnpps_features_are_the_fourier_ones_with_the_halves_swapped():
+    theirs, ours = NOISE_EMBEDDINGS["ncsnpp"](8), FourierEmbedding(8)
+    theirs.load_state_dict(ours.state_dict())
+    t = torch.tensor([-1.0, 0.3])
+    assert (theirs(t) == ours(t).roll(4, dims=1)).all()
+
+
+def test_mapped_labels_are_a_linear_map_of_one_hot_vectors():
+    layer = OneHotLinear(3, 5)
+    vectors = torch.cat([torch.eye(3), torch.zeros(1, 3)]) * 3**0.5  # the last is the null class
+    torch.testing.assert_close(layer(torch.tensor([0, 1, 2, 3])), vectors @ layer.weight.T + layer.bias)
+
+
+def test_augmentation_parameters_enter_before_the_perceptron_and_none_are_zeros():
+    embedding = ConditionEmbedding(8, features=6, augment_dim=2)
+    noise, given = torch.tensor([5.0, 7.0]), torch.tensor([[1.0, -2.0], [0.0, 0.0]])
+    expected = embedding.mlp(embedding.features(noise) + given @ embedding.augment.weight.T)
+    torch.testing.assert_close(embedding(noise, augment=given), expected)
+    torch.testing.assert_close(embedding(noise)[1], expected[1])
 
 
 def test_sinusoids_keep_float64_and_are_computed_in_float32_otherwise():
@@ -63,6 +94,8 @@ def test_fourier_features_are_fixed_and_saved():
         ({"noise_embedding": "cosine"}, "'sinusoidal' or 'fourier', got 'cosine'"),
         ({"num_classes": 0}, "at least 1, got 0"),
         ({"noise_embedding": "fourier", "features": 7}, "even"),
+        ({"noise_embedding": "ddpm", "features": 3}, "at least 4 numbers"),
+        ({"label_embedding": "row"}, "'table' or 'mapped', got 'row'"),
     ],
 )
 def test_wrong_options_are_named(kwargs, sentence):

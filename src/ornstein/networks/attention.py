@@ -1,12 +1,14 @@
-"""Self-attention over the positions of a feature map, full (quadratic) and linear."""
+"""Attention of the positions of a feature map, to each other (full and linear) and to context tokens."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ornstein.networks.blocks import zero_init
+from ornstein.networks.blocks import residual_sum, zero_init
 from ornstein.networks.checks import check_heads
 
 
@@ -29,28 +31,43 @@ def resolve_heads(channels: int, *, heads: int | None, head_dim: int | None) -> 
 FEW_POSITIONS = 64  # on a CPU the fused kernel pays from about 100 positions on
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Attention `softmax(q k^T / sqrt(d)) v` of `(B, heads, N, d)` tensors, in the way that is fastest.
+
+    `mask`, bool and broadcast to `(B, heads, N, M)`, is True where a query may look; each must see something.
 
     The fused kernel of `scaled_dot_product_attention` does it; on a CPU few positions go through plain matrix
     products, which take 0.8 to 1.2 times the fused kernel's time, and a tenth of it where
     `torch.set_float32_matmul_precision("medium")` sends products to oneDNN.
     """
     if q.device.type == "cpu" and q.shape[-2] <= FEW_POSITIONS:
-        return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.mT).softmax(dim=-1), v)
-    return F.scaled_dot_product_attention(q, k, v)
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.mT)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return torch.matmul(scores.softmax(dim=-1), v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class _Attention2d(nn.Module):
     """What both kinds have: a norm, one projection to queries, keys and values, and one back."""
 
     def __init__(
-        self, channels: int, *, groups: int, heads: int | None, head_dim: int | None, bias: bool, zero_out: bool
+        self,
+        channels: int,
+        *,
+        groups: int,
+        heads: int | None,
+        head_dim: int | None,
+        eps: float,
+        skip_scale: float,
+        bias: bool,
+        zero_out: bool,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim = resolve_heads(channels, heads=heads, head_dim=head_dim)
+        self.skip_scale = skip_scale
         inner = self.heads * self.head_dim
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
         self.qkv = nn.Conv2d(channels, 3 * inner, 1, bias=bias)
         self.out = nn.Conv2d(inner, channels, 1)
         if zero_out:
@@ -71,10 +88,25 @@ class SelfAttention2d(_Attention2d):
         groups: int = 32,
         heads: int | None = None,
         head_dim: int | None = None,
+        eps: float = 1e-5,
+        skip_scale: float = 1.0,
         bias: bool = True,
     ) -> None:
-        """Make the module; `resolve_heads` describes `heads` and `head_dim`; `bias` is q, k and v's."""
-        super().__init__(channels, groups=groups, heads=heads, head_dim=head_dim, bias=bias, zero_out=True)
+        """Make the module.
+
+        `resolve_heads` describes `heads` and `head_dim`; `groups` and `eps` are the norm's, `skip_scale` a factor on
+        the sum, `bias` q, k and v's.
+        """
+        super().__init__(
+            channels,
+            groups=groups,
+            heads=heads,
+            head_dim=head_dim,
+            eps=eps,
+            skip_scale=skip_scale,
+            bias=bias,
+            zero_out=True,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend among the `H * W` positions of `x (B, C, H, W)`."""
@@ -83,7 +115,7 @@ class SelfAttention2d(_Attention2d):
         qkv = qkv.reshape(batch, height * width, 3 * self.heads, self.head_dim).transpose(1, 2)
         y = attend(*qkv.chunk(3, dim=1))
         y = y.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
-        return x + self.out(y)
+        return residual_sum(x, self.out(y), scale=self.skip_scale)
 
 
 class LinearAttention2d(_Attention2d):
@@ -103,15 +135,27 @@ class LinearAttention2d(_Attention2d):
         groups: int = 32,
         heads: int | None = None,
         head_dim: int | None = None,
+        eps: float = 1e-5,
+        skip_scale: float = 1.0,
         post_norm: bool = False,
     ) -> None:
-        """Make the module; `heads` and `head_dim` are described at `resolve_heads`."""
-        super().__init__(channels, groups=groups, heads=heads, head_dim=head_dim, bias=False, zero_out=not post_norm)
+        """Make the module; arguments as in `SelfAttention2d`."""
+        super().__init__(
+            channels,
+            groups=groups,
+            heads=heads,
+            head_dim=head_dim,
+            eps=eps,
+            skip_scale=skip_scale,
+            bias=False,
+            zero_out=not post_norm,
+        )
         self.post_norm = nn.GroupNorm(1, channels) if post_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend among the `H * W` positions of `x (B, C, H, W)`."""
-        return x + self.post_norm(self.out(linear_attention(self.qkv(self.norm(x)), self.heads)))
+        y = self.post_norm(self.out(linear_attention(self.qkv(self.norm(x)), self.heads)))
+        return residual_sum(x, y, scale=self.skip_scale)
 
 
 def linear_attention(qkv: Tensor, heads: int) -> Tensor:
@@ -129,3 +173,54 @@ def linear_attention(qkv: Tensor, heads: int) -> Tensor:
     q = q.softmax(dim=-2) * q.shape[-2] ** -0.5
     context = torch.einsum("bhdn,bhen->bhde", k.softmax(dim=-1), v)
     return torch.einsum("bhde,bhdn->bhen", context, q).reshape(batch, -1, height, width)
+
+
+class Context(NamedTuple):
+    """What a network may look at beside its input.
+
+    Attributes:
+        tokens: `(B, L, D)`.
+        mask: `(B, L)` bool, True where a token counts; None: all do. At least one of each row must count.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+
+
+class CrossAttention2d(nn.Module):
+    """Residual attention of all positions to context tokens, `(B, C, H, W)` both ways.
+
+    The output projection starts at zero, so that the module starts as the identity. Source: Rombach et al. 2022
+    (arXiv 2112.10752) §3.3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        context_channels: int,
+        groups: int = 32,
+        heads: int | None = None,
+        head_dim: int | None = None,
+        eps: float = 1e-5,
+        skip_scale: float = 1.0,
+    ) -> None:
+        """Make the module for tokens of `context_channels` numbers; the rest as in `SelfAttention2d`."""
+        super().__init__()
+        self.heads, self.head_dim = resolve_heads(channels, heads=heads, head_dim=head_dim)
+        self.skip_scale = skip_scale
+        inner = self.heads * self.head_dim
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.q = nn.Conv2d(channels, inner, 1)
+        self.kv = nn.Linear(context_channels, 2 * inner, bias=False)
+        self.out = zero_init(nn.Conv2d(inner, channels, 1))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Let the positions of `x (B, C, H, W)` attend to the context's tokens."""
+        batch, _, height, width = x.shape
+        q = self.q(self.norm(x)).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, self.head_dim)
+        kv = self.kv(context.tokens).reshape(batch, -1, 2 * self.heads, self.head_dim).transpose(1, 2)
+        mask = None if context.mask is None else context.mask[:, None, None, :]
+        y = attend(q.transpose(1, 2), *kv.chunk(2, dim=1), mask)
+        y = y.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+        return residual_sum(x, self.out(y), scale=self.skip_scale)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from ornstein.errors import OrnsteinError
 
 
@@ -49,3 +52,67 @@ def check_heads(width: int, heads: int, *, name: str = "hidden_size") -> None:
     """Refuse a width that does not split evenly into attention heads (OrnsteinError)."""
     if heads < 1 or width % heads:
         raise OrnsteinError(f"{name} {width} does not split into {heads} attention heads: choose a divisor.")
+
+
+def check_pooled(pooled: Tensor | None, dim: int | None) -> None:
+    """Refuse a pooled caption vector `(B, dim)` that is missing, superfluous or of another size (dim None: takes none).
+
+    Raises:
+        OrnsteinError: says which.
+    """
+    _check_given(pooled, dim, what="a pooled caption vector", option="pooled_dim", axes=2)
+
+
+def check_text(text: Tensor | None, mask: Tensor | None, dim: int | None) -> None:
+    """Refuse caption tokens `(B, L, dim)` and their mask `(B, L)` that do not fit (dim None: takes none).
+
+    Raises:
+        OrnsteinError: says what is missing, superfluous or of another shape.
+    """
+    _check_given(text, dim, what="caption tokens", option="text_dim", axes=3)
+    if mask is not None and (text is None or mask.shape != text.shape[:2]):
+        raise OrnsteinError(
+            f"text_mask is (B, L), one flag a caption token, got {tuple(mask.shape)} for tokens of shape "
+            f"{None if text is None else tuple(text.shape)}."
+        )
+
+
+def join_concat(x: Tensor, concat: Tensor | None, channels: int) -> Tensor:
+    """Return `x (B, C, H, W)` with the conditioning image `concat (B, channels, H, W)` as further channels.
+
+    Raises:
+        OrnsteinError: the image is missing, superfluous or of another shape.
+    """
+    if channels == 0:
+        if concat is not None:
+            raise OrnsteinError(
+                "This network takes no conditioning image (concat_channels is 0): leave concat out, or choose "
+                "conditioner=image."
+            )
+        return x
+    expected = (x.shape[0], channels, *x.shape[2:])
+    if concat is None or tuple(concat.shape) != expected:
+        raise OrnsteinError(
+            f"This network takes a conditioning image of shape {expected} beside every sample, got "
+            f"{None if concat is None else tuple(concat.shape)}."
+        )
+    return torch.cat([x, concat.to(x.dtype)], dim=1)
+
+
+def _check_given(value: Tensor | None, dim: int | None, *, what: str, option: str, axes: int) -> None:
+    if dim is None:
+        if value is not None:
+            raise OrnsteinError(
+                f"This network takes no captions ({option} is null) but got {what}: leave it out, or choose a model "
+                "with text conditioning, such as model=text_unet."
+            )
+        return
+    if value is None:
+        raise OrnsteinError(
+            f"This network is conditioned on captions and needs {what} for every sample ({option}={dim})."
+        )
+    if value.ndim != axes or value.shape[-1] != dim:
+        raise OrnsteinError(
+            f"{option}={dim} asks for {what} of shape ({'B, ' if axes == 2 else 'B, L, '}{dim}), got "
+            f"{tuple(value.shape)}: is the text encoder another one than the network was made for?"
+        )
