@@ -12,20 +12,19 @@ def test_no_conditioning_is_empty_whatever_the_batch_holds() -> None:
     conditioner = NoConditioning()
     assert conditioner.num_classes is None and conditioner.has_null is False
     assert conditioner.training_cond({"image": torch.zeros(1), "label": LABELS}, generator=None) == {}
-    assert conditioner.cond(None) == {}
-    assert conditioner.null(4, "cpu") == {}
+    assert conditioner.cond({"label": LABELS, "caption": ["dog"]}) == conditioner.cond({}) == {}
+    assert conditioner.null(4, "cpu") == conditioner.null_form(4, "cpu") == {}
+    assert conditioner.needs == () and conditioner.concat_channels == 0 and conditioner.text_dim is None
 
 
 def test_no_conditioning_refuses_what_it_cannot_honour() -> None:
-    with pytest.raises(ValueError, match="unconditional model"):
-        NoConditioning().cond(LABELS)
     with pytest.raises(ValueError, match="conditioner=class_label"):
         NoConditioning(num_classes=10)  # type: ignore[arg-type]
 
 
 def test_cond_keeps_labels_and_null_is_the_index_after_the_last_class() -> None:
     conditioner = ClassLabel(10)
-    cond = conditioner.cond(LABELS.to(torch.uint8))
+    cond = conditioner.cond({"label": LABELS.to(torch.uint8), "image": torch.zeros(4), "index": LABELS})
     assert cond["label"].dtype == torch.int64 and cond["label"].equal(LABELS)
     null = conditioner.null(3, "cpu")["label"]
     assert null.dtype == torch.int64 and null.tolist() == [10, 10, 10]
@@ -71,6 +70,7 @@ def test_without_dropout_no_null_class_and_no_draw() -> None:
     assert generator.get_state().equal(before)
     with pytest.raises(ValueError, match=r"conditioner\.dropout=0\.1"):
         conditioner.null(2, "cpu")
+    assert conditioner.null_form(2, "cpu")["label"].tolist() == [10, 10]
 
 
 BAD_LABELS = [
@@ -88,7 +88,7 @@ def test_bad_labels_are_refused_in_training_and_in_sampling(labels: torch.Tensor
     with pytest.raises(ValueError, match=sentence):
         conditioner.training_cond({"label": labels}, generator=None)
     with pytest.raises(ValueError, match=sentence):
-        conditioner.cond(labels)
+        conditioner.cond({"label": labels})
 
 
 def test_missing_labels_are_refused() -> None:
@@ -96,7 +96,7 @@ def test_missing_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="no 'label'"):
         conditioner.training_cond({"image": torch.zeros(1)}, generator=None)
     with pytest.raises(ValueError, match="needs a label for every sample"):
-        conditioner.cond(None)
+        conditioner.cond({})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ornstein.cli.check_conditions import never_drops, told_condition
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def check_guidance(guidance: Any, sampler: Any, cfg: DictConfig) -> None:
         OrnsteinError: names the option and a way out.
     """
     name = _OPTIONS.get(type(guidance).__name__, type(guidance).__name__)
-    conditional = OmegaConf.select(cfg, "conditioner._target_", default="").endswith("ClassLabel")
+    conditional = not OmegaConf.select(cfg, "conditioner._target_", default="").endswith("NoConditioning")
     needs_null = guidance.needs_null
     target = ", or give guidance.target=CLASS" if name == "classifier" else ""
     if (needs_null or getattr(guidance, "needs_condition", False)) and not conditional:
@@ -46,7 +47,7 @@ def check_guidance(guidance: Any, sampler: Any, cfg: DictConfig) -> None:
             f"guidance={name} steers a conditional model and this one has no condition: choose guidance=none{target}, "
             "or train with model=class_unet."
         )
-    if needs_null and cfg.conditioner.dropout == 0:
+    if needs_null and never_drops(cfg.conditioner):
         raise OrnsteinError(
             f"guidance={name} needs a model trained with label dropout and conditioner.dropout=0: choose "
             "guidance=none, or train with conditioner.dropout=0.1."
@@ -239,13 +240,12 @@ def _weak_denoiser(leaf: Any, module: DiffusionModule, cfg: DictConfig, trust_ta
             f"{named} diffuses another space ({_space(weak, weak_cfg)}) than this run ({_space(module, cfg)}): name a "
             "run on the same data, size and codec."
         )
-    wanted = None if leaf.condition == "none" else module.conditioner.num_classes
-    if weak.conditioner.num_classes != wanted:
-        of_weak = weak.conditioner.num_classes
+    wanted = "unconditional" if leaf.condition == "none" else told_condition(module.conditioner)
+    of_weak = told_condition(weak.conditioner)
+    if of_weak != wanted:
         raise OrnsteinError(
-            f"{named} is {'unconditional' if of_weak is None else f'conditional on {of_weak} classes'}, which "
-            f"guidance.condition={leaf.condition} does not allow beside this run: "
-            + ("add guidance.condition=none." if of_weak is None else "name a run with the same condition.")
+            f"{named} is {of_weak}, which guidance.condition={leaf.condition} does not allow beside this run: "
+            + ("add guidance.condition=none." if of_weak == "unconditional" else "name a run with the same condition.")
         )
     if leaf.condition == "null" and not weak.conditioner.has_null:
         raise OrnsteinError(f"{named} was trained without label dropout: choose guidance.condition=same.")

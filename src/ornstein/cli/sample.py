@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from ornstein.cli.autoencoder import refuse_samples
 from ornstein.cli.launch import fail, launch, peek_argument, store_run
 from ornstein.errors import OrnsteinError
 
+if TYPE_CHECKING:
+    from ornstein.training.module import DiffusionModule
+
 MAX_SHOWN = 256  # samples in the grid
+MAX_COLUMNS = 16  # a column a prompt, up to so many
 
 
 def main() -> None:
@@ -49,8 +56,10 @@ def sample(cfg: DictConfig) -> None:
     from ornstein.cli.progress import bar
     from ornstein.cli.stored import open_run
     from ornstein.experiment import RunDirectory, Summary, describe_environment
-    from ornstein.training.pictures import image_grid, near_square, save_png, to_pil
+    from ornstein.training.condition_pictures import captions_text, fitted, interleaved
+    from ornstein.training.pictures import image_grid, save_png, save_text, to_pil
 
+    refuse_samples(cfg)
     if cfg.num_samples < 1:
         raise OrnsteinError(f"num_samples={cfg.num_samples} must be at least 1.")
     stored = open_run(str(cfg.run))
@@ -75,9 +84,15 @@ def sample(cfg: DictConfig) -> None:
         images = torch.cat([batch.images.cpu() for batch in batches])
         asked = [batch.labels.cpu() for batch in batches if batch.labels is not None]
         if "grid" in cfg.save:
-            shown = images[:MAX_SHOWN]
-            columns = module.conditioner.num_classes or near_square(len(shown))
-            save_png(image_grid(shown, columns), run.samples / "grid.png")
+            shown, row_labels = images[:MAX_SHOWN], None
+            columns = columns_of(module, options["prompts"], len(shown))
+            given = [batch.conditions.cpu() for batch in batches if batch.conditions is not None]
+            if given:
+                shown, row_labels = interleaved(shown, fitted(torch.cat(given)[:MAX_SHOWN], shown), columns)
+            save_png(image_grid(shown, columns, row_labels=row_labels), run.samples / "grid.png")
+        captions = [caption for batch in batches for caption in batch.captions or ()]
+        if captions:
+            save_text(captions_text(indices, captions), run.samples / "captions.txt")
         if "images" in cfg.save:
             for index, image in zip(indices, images, strict=True):
                 save_png(to_pil(image), run.samples / f"{index:06d}.png")
@@ -89,6 +104,17 @@ def sample(cfg: DictConfig) -> None:
             np.savez(run.path / "samples.npz", allow_pickle=False, **arrays)
         summary.update(nfe=batches[0].nfe, num_samples=len(images), images_seen=module.images_seen)
     print(f"{len(images)} samples, {batches[0].nfe} network evaluations each: {Path(cfg.paths.run_dir) / 'samples'}")
+
+
+def columns_of(module: DiffusionModule, prompts: Sequence[str] | None, count: int) -> int:
+    """Columns of a grid of ``count`` samples: one a class, or one a prompt where they are few, else about a square."""
+    from ornstein.training.pictures import near_square
+
+    if prompts is not None:
+        distinct = len(dict.fromkeys(prompts))
+        return distinct if 1 < distinct <= MAX_COLUMNS else near_square(count)
+    by_class = module.conditioner.needs == ("label",)
+    return (module.conditioner.num_classes if by_class else None) or near_square(count)
 
 
 if __name__ == "__main__":

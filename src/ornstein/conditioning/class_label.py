@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ornstein.conditioning.conditioner import Conditioner
+from ornstein.conditioning.conditioner import Conditioner, checked_dropout, needed
 from ornstein.errors import OrnsteinError
 
 
@@ -26,6 +26,7 @@ class ClassLabel(Conditioner):
     """
 
     num_classes: int
+    needs = ("label",)
 
     def __init__(self, num_classes: int | None, dropout: float = 0.1) -> None:
         super().__init__()
@@ -36,10 +37,8 @@ class ClassLabel(Conditioner):
             )
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise OrnsteinError(f"conditioner.num_classes must be a whole number of at least 1, not {num_classes!r}.")
-        if not 0.0 <= dropout <= 1.0:
-            raise OrnsteinError(f"conditioner.dropout is a probability in [0, 1], not {dropout!r}.")
         self.num_classes = num_classes
-        self.dropout = float(dropout)
+        self.dropout = checked_dropout(dropout)
         self.has_null = self.dropout > 0.0
 
     def training_cond(self, batch: Mapping[str, Any], *, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -50,40 +49,30 @@ class ClassLabel(Conditioner):
 
         Raises: ValueError for labels that are missing, floating, not (B,), or out of range.
         """
-        label = batch.get("label")
-        if label is None:
-            raise OrnsteinError(
-                "the batch has no 'label' but conditioner=class_label needs one for every image; "
-                "use labelled data or conditioner=none."
-            )
+        label = needed(
+            batch, "label", option="conditioner=class_label", way_out="use labelled data or conditioner=none"
+        )
         label = self._checked(label, read_back=False)
         if not self.has_null:
             return {"label": label}
         drop = torch.rand(label.shape, generator=generator, device=label.device) < self.dropout
         return {"label": label.masked_fill(drop, self.num_classes)}
 
-    def cond(self, labels: Tensor | None) -> dict[str, Tensor]:
-        """``{"label": int64 (B,)}`` for labels in [0, num_classes).
+    def cond(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``{"label": int64 (B,)}`` for ``given["label"]`` in [0, num_classes).
 
         Raises: ValueError for labels that are missing, floating, not (B,), or out of range.
         """
-        if labels is None:
+        label = given.get("label")
+        if label is None:
             raise OrnsteinError(
                 "this model is class-conditional and needs a label for every sample, "
                 f"each in [0, {self.num_classes - 1}]; pass labels, or null() for the unconditional model."
             )
-        return {"label": self._checked(labels, read_back=True)}
+        return {"label": self._checked(label, read_back=True)}
 
-    def null(self, batch_size: int, device: torch.device | str) -> dict[str, Tensor]:
-        """``{"label": int64 (B,)}``, all the null class ``num_classes``.
-
-        Raises: ValueError if the model was trained without label dropout and so never saw the null class.
-        """
-        if not self.has_null:
-            raise OrnsteinError(
-                "the null class was never trained because conditioner.dropout is 0; "
-                "train with conditioner.dropout=0.1 (or so), or use guidance=none."
-            )
+    def null_form(self, batch_size: int, device: torch.device | str) -> dict[str, Tensor]:
+        """``{"label": int64 (B,)}``, all the null class ``num_classes``."""
         return {"label": torch.full((batch_size,), self.num_classes, dtype=torch.int64, device=device)}
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
 """What every data set is: uint8 images that a vectorised index turns into a whole batch."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -37,10 +37,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         labels: int64 (N,) in [0, len(class_names)), or None.
         class_names: one name a class; needed with labels.
         captions: N strings, or None.
+        conditions: what each image is to be conditioned on, uint8 (N, C', H, W) like `images`, or None.
         content: bytes that stand for the images in the fingerprint; default: the images themselves.
 
-    Attributes: `images`, `labels`, `captions` as above; `image_size`, `channels`, `num_classes` (None without
-    labels), `class_names` (empty without labels), `name`, `split`, `fingerprint`.
+    Attributes: `images`, `labels`, `captions`, `conditions` as above; `image_size`, `channels`, `num_classes` (None
+    without labels), `class_names` (empty without labels), `name`, `split`, `fingerprint`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         labels: np.ndarray | None = None,
         class_names: Sequence[str] = (),
         captions: Sequence[str] | None = None,
+        conditions: Images | None = None,
         content: bytes | None = None,
     ) -> None:
         self.images = images
@@ -60,6 +62,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.labels = None if labels is None else np.ascontiguousarray(labels, dtype=np.int64)
         self.class_names = () if labels is None else tuple(class_names)
         self.captions = None if captions is None else list(captions)
+        self.conditions = conditions
         self._content = content
 
     @property
@@ -85,18 +88,23 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The images at `indices` (B integers in [-N, N): tensor, array or list) as one batch.
 
         Returns `image` uint8 (B, C, H, W); `index` int64 (B,); `label` int64 (B,) with labels; `caption`
-        list of B strings with captions. Raises IndexError outside the range.
+        list of B strings with captions; `condition` uint8 (B, C', H, W) with conditions. Raises IndexError
+        outside the range.
         """
         rows = np.asarray(indices, dtype=np.int64)
-        batch: dict[str, Any] = {
-            "image": torch.from_numpy(np.ascontiguousarray(self.images[rows])),
-            "index": torch.from_numpy(rows % max(len(self), 1)),
-        }
+        return {"image": torch.from_numpy(np.ascontiguousarray(self.images[rows])), **self.facts(rows)}
+
+    def facts(self, indices: Any) -> dict[str, Any]:
+        """What a batch of the images at `indices` holds beside them: as in `batch`."""
+        rows = np.asarray(indices, dtype=np.int64)
+        facts: dict[str, Any] = {"index": torch.from_numpy(rows % max(len(self), 1))}
         if self.labels is not None:
-            batch["label"] = torch.from_numpy(self.labels[rows])
+            facts["label"] = torch.from_numpy(self.labels[rows])
         if self.captions is not None:
-            batch["caption"] = [self.captions[row] for row in rows.tolist()]
-        return batch
+            facts["caption"] = [self.captions[row] for row in rows.tolist()]
+        if self.conditions is not None:
+            facts["condition"] = torch.from_numpy(np.ascontiguousarray(self.conditions[rows]))
+        return facts
 
     def __getitem__(self, indices: Any) -> dict[str, Any]:
         """A whole batch for several indices, one example without the batch axis for a single integer."""
@@ -114,6 +122,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             labels=None if self.labels is None else self.labels[rows],
             class_names=self.class_names,
             captions=None if self.captions is None else [self.captions[row] for row in rows.tolist()],
+            conditions=None if self.conditions is None else np.ascontiguousarray(self.conditions[rows]),
         )
 
     @cached_property
@@ -123,12 +132,25 @@ class ImageDataset(Dataset[dict[str, Any]]):
         digest = hashlib.sha256(repr(facts).encode())
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
-        if self._content is not None:
-            digest.update(self._content)
-        else:
-            for rows in row_chunks(self.images.shape):
-                digest.update(self.images[rows].tobytes())
+        for content in self._contents():
+            digest.update(content)
         return digest.hexdigest()
+
+    @cached_property
+    def images_fingerprint(self) -> str:
+        """As `fingerprint`, but without labels and classes: what depends on the images alone is known by it."""
+        digest = hashlib.sha256(repr((self.name, self.split, tuple(self.images.shape))).encode())
+        for content in self._contents():
+            digest.update(content)
+        return digest.hexdigest()
+
+    def _contents(self) -> Iterator[bytes]:
+        """The images, or the bytes that stand for them, piece by piece."""
+        if self._content is not None:
+            yield self._content
+            return
+        for rows in row_chunks(self.images.shape):
+            yield self.images[rows].tobytes()
 
 
 def row_chunks(shape: tuple[int, ...]) -> list[np.ndarray]:

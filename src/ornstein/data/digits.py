@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ornstein.data.base import ImageDataset, checked_split
+from ornstein.data.captions import DIGIT_WORDS, from_classes
 from ornstein.data.images import check_size, resize_array, to_channels
 from ornstein.data.splits import content_key, val_mask
 from ornstein.errors import OrnsteinError
@@ -25,9 +26,18 @@ class Digits(ImageDataset):
         image_size: 8 is native; any other size is resized bicubically.
         channels: 1, or 3 for equal ones.
         labels: False leaves the labels out.
+        caption_template: captions from the digits in words, `{}` being their place; None leaves captions out.
     """
 
-    def __init__(self, *, split: str, image_size: int = NATIVE_SIZE, channels: int = 1, labels: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        split: str,
+        image_size: int = NATIVE_SIZE,
+        channels: int = 1,
+        labels: bool = True,
+        caption_template: str | None = None,
+    ) -> None:
         chosen = checked_split(split)
         check_size(image_size, name="digits")
         scans, digits = read_scans()
@@ -40,6 +50,7 @@ class Digits(ImageDataset):
             split=chosen,
             labels=digits[rows] if labels else None,
             class_names=[str(digit) for digit in range(10)],
+            captions=from_classes(caption_template, digits[rows], DIGIT_WORDS),
         )
 
 

@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 from ornstein.data.base import ImageDataset, Images, Split, checked_split
-from ornstein.data.describe import class_names, find_root, image_files, parts_of
+from ornstein.data.captions import check_template, from_classes, from_files
+from ornstein.data.describe import EXTENSIONS, class_names, find_root, image_files, parts_of
 from ornstein.data.fetch import cache_dir
 from ornstein.data.images import check_channels, check_size, load_image
 from ornstein.data.splits import content_key, val_mask
@@ -46,10 +47,15 @@ class ImageFolder(ImageDataset):
         storage: "memory" holds uint8 arrays; "mapped" decodes once into a file in the cache folder and maps
             it, which any number of processes share; "lazy" decodes at every access (use `num_workers`);
             "auto" is "memory" up to 256 MB, "mapped" above.
+        caption_files: captions from text files beside the images, `cat.txt` for `cat.png`.
+        caption_template: captions from the classes' names, `{}` being their place; None leaves captions out.
+        condition_root: a folder with one more image for each of these (a depth map, edges) at the same place
+            below it and of the same name, whatever its extension; cropped and resized alike.
+        condition_channels: of those, 1 (grey) or 3 (RGB).
 
     Raises:
         OrnsteinError: no folder, no images, images that cannot be read (the first ten are named), images
-            outside the class folders, or no room on the disk.
+            outside the class folders, images without caption file or condition, or no room on the disk.
     """
 
     def __init__(
@@ -62,20 +68,36 @@ class ImageFolder(ImageDataset):
         val_fraction: float = 0.1,
         labels: bool = True,
         storage: str = "auto",
+        caption_files: bool = False,
+        caption_template: str | None = None,
+        condition_root: str | None = None,
+        condition_channels: int = 1,
     ) -> None:
         chosen = checked_split(split)
         check_size(image_size, name="image_folder")
         check_channels(channels)
+        check_channels(condition_channels, key="condition_channels")
+        check_template(caption_template)
+        if caption_files and caption_template is not None:
+            raise OrnsteinError("data.caption_files=true and data.caption_template both make captions: leave one out")
         folder = find_root(root)
         names = class_names(folder) if labels else ()
         base, paths, keys = _split_files(folder, chosen, val_fraction)
         shape = (len(paths), channels, image_size, image_size)
+        classes = _labels(base, paths, names) if names else None
+        way = _checked_storage(storage)
+        conditions = None
+        if condition_root is not None:
+            partners = _partners(paths, folder, condition_root)
+            conditions = _stored(way, partners, (len(paths), condition_channels, image_size, image_size))
         super().__init__(
-            _stored(_checked_storage(storage), paths, shape),
+            _stored(way, paths, shape),
             name="image_folder",
             split=chosen,
-            labels=_labels(base, paths, names) if names else None,
+            labels=classes,
             class_names=names,
+            captions=from_files(paths) if caption_files else from_classes(caption_template, classes, names),
+            conditions=conditions,
             content=DECODING.encode() + b"".join(keys),
         )
         self.paths = paths
@@ -162,6 +184,28 @@ def _labels(base: Path, paths: Sequence[Path], names: Sequence[str]) -> np.ndarr
     if unknown:
         raise OrnsteinError(f"{base} has classes that train has not ({', '.join(unknown[:NAMED])}): remove them")
     return np.array([number[parts[0]] for parts in firsts], dtype=np.int64)
+
+
+def _partners(paths: Sequence[Path], root: Path, condition_root: str) -> list[Path]:
+    """The image of a parallel folder for each image: at the same place, its own extension preferred."""
+    other = Path(condition_root).expanduser()
+    if not other.is_dir():
+        raise OrnsteinError(f"data.condition_root={condition_root} is no folder: name one with an image for each image")
+    found, missing = [], []
+    for path in paths:
+        same = other / path.relative_to(root)
+        every = [same, *(same.with_suffix(end) for end in sorted(EXTENSIONS))]
+        partner = next((each for each in every if each.is_file()), None)
+        if partner is None:
+            missing.append(same)
+        else:
+            found.append(partner)
+    if missing:
+        raise OrnsteinError(
+            f"data.condition_root={condition_root} has no image for {len(missing)} of {len(paths)} images, "
+            f"{missing[0]} the first: add them, or leave data.condition_root out"
+        )
+    return found
 
 
 def _stored(storage: Storage, paths: list[Path], shape: tuple[int, ...]) -> Images:

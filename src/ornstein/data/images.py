@@ -89,7 +89,7 @@ def check_size(size: int, *, name: str) -> None:
         raise OrnsteinError(f"data.image_size={size} for {name}: give a positive number of pixels")
 
 
-def check_channels(channels: int) -> None:
-    """Refuse a channel count other than grey's or RGB's."""
+def check_channels(channels: int, *, key: str = "channels") -> None:
+    """Refuse a channel count other than grey's or RGB's; `key` is its name in the data config."""
     if channels not in MODES:
-        raise OrnsteinError(f"data.channels={channels}: images are read as 1 (grey) or 3 (RGB) channels")
+        raise OrnsteinError(f"data.{key}={channels}: images are read as 1 (grey) or 3 (RGB) channels")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ornstein.data.base import ImageDataset, Split, checked_split
+from ornstein.data.captions import DIGIT_WORDS, from_classes
 from ornstein.data.fetch import announce, download, npm_members, places
 from ornstein.data.idx import read_pair
 from ornstein.data.images import check_size, resize_array, to_channels
@@ -74,10 +75,12 @@ class IDXDataset(ImageDataset):
             them below it); None looks in `ornstein.data.fetch.places`.
         download: fetch the files where they are not found (into `root` if given).
         labels: False leaves the labels out.
+        caption_template: captions from the classes' names, `{}` being their place; None leaves captions out.
 
     Attributes:
         SOURCE: what to look for and where to fetch it.
         CLASSES: ten names, in the order of the labels.
+        SPOKEN: the same as a caption should say them.
 
     Raises:
         OrnsteinError: no files, or damaged ones; the sentence says which folder to fill, and from what.
@@ -85,6 +88,7 @@ class IDXDataset(ImageDataset):
 
     SOURCE: Source
     CLASSES: tuple[str, ...]
+    SPOKEN: tuple[str, ...]
 
     def __init__(
         self,
@@ -95,6 +99,7 @@ class IDXDataset(ImageDataset):
         root: str | None = None,
         download: bool = True,
         labels: bool = True,
+        caption_template: str | None = None,
     ) -> None:
         chosen, name = checked_split(split), self.SOURCE.name
         check_size(image_size, name=name)
@@ -107,6 +112,7 @@ class IDXDataset(ImageDataset):
             split=chosen,
             labels=classes if labels else None,
             class_names=self.CLASSES,
+            captions=from_classes(caption_template, classes, self.SPOKEN),
         )
 
 
@@ -115,6 +121,7 @@ class MNIST(IDXDataset):
 
     SOURCE = MNIST_SOURCE
     CLASSES = tuple(str(digit) for digit in range(10))
+    SPOKEN = DIGIT_WORDS
 
 
 class FashionMNIST(IDXDataset):
@@ -124,6 +131,7 @@ class FashionMNIST(IDXDataset):
     CLASSES = (
         "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
     )  # fmt: skip
+    SPOKEN = CLASSES
 
 
 def fit_size(images: np.ndarray, size: int) -> np.ndarray:

@@ -110,7 +110,7 @@ def held_out_likelihood(
     batch_size: int = 256,
     advance: Callable[[], None] | None = None,
 ) -> HeldOutLikelihood:
-    """Bits/dim of images of ``dataset`` under the evaluation network, each with its own label where there are classes.
+    """Bits/dim of images of ``dataset`` under the evaluation network, each under its own condition where there is one.
 
     Guidance is not applied: guided samples come from no density that this could be the likelihood of.
 
@@ -137,9 +137,9 @@ def held_out_likelihood(
         for part in rows.split(batch_size):
             batch = dataset.batch(part)
             x0 = batch["image"].to(module.device).float().div(127.5).sub(1.0)
-            labels = batch["label"].to(module.device) if module.conditioner.num_classes is not None else None
             noise = NoiseSource(seed).bind(part.to(module.device), x0.shape[1:])
-            given = denoiser.bind(module.conditioner.cond(labels))
+            own = {key: value.to(module.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            given = denoiser.bind(module.conditioner.cond({**own, "seed": seed}))
             ticks = _Ticks(advance)
             results.append(method(given, x0, noise, watch=ticks))
             ticks(1.0)

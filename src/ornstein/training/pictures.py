@@ -115,6 +115,15 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
     return _atomically(Path(path), lambda partial: image.save(partial, format="PNG"))
 
 
+def save_text(text: str, path: str | Path) -> Path:
+    """Writes a text beside a picture, atomically; makes its folder."""
+    return _atomically(Path(path), lambda partial: _write_text(Path(partial), text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def save_gif(frames: Sequence[Image.Image], path: str | Path, *, frame_ms: int = 120, hold_ms: int = 1500) -> Path:
     """Writes an endless animation, atomically, whose last frame stays for ``hold_ms``.
 

@@ -42,6 +42,9 @@ def draw_into(
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    negative_prompt: str | None = None,
+    images: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 256,
     advance: Callable[[], None] | None = None,
@@ -49,18 +52,21 @@ def draw_into(
     """Draws samples number ``indices`` and feeds them to ``metrics``, batch by batch.
 
     Args:
-        metrics: takes images, labels and, with a CLIP model, captions of ``dataset``.
+        metrics: takes images, labels and captions: those that the samples were given, else some of ``dataset``.
         module: the model, sampled with its evaluation weights.
         indices: the samples' numbers.
         dataset: training images, whose captions stand for the samples'.
         sampler: the run's own unless given.
         guidance: the run's own unless given.
         labels: one a sample; balanced over the classes unless given.
+        prompts: a caption for each sample; those of held-out data, in order, unless given.
+        negative_prompt: what guidance steers away from.
+        images: an image to be conditioned on for each sample; held-out ones, in order, unless given.
         seed: of the samples' noise.
         batch_size: samples at once.
         advance: called after each step of each batch.
     """
-    captions = captions_of(dataset, module.conditioner.num_classes) if metrics.clip else None
+    captions = captions_of(dataset, module.conditioner.num_classes)
     kept: list[Tensor] = []
     nfe = 0
     drawn = module.generate(
@@ -68,12 +74,17 @@ def draw_into(
         sampler=sampler,
         guidance=guidance,
         labels=labels,
+        prompts=prompts,
+        negative_prompt=negative_prompt,
+        images=images,
         seed=seed,
         batch_size=batch_size,
         watch=None if advance is None else lambda step, state: advance(),
     )
     for batch in drawn:
-        texts = None if captions is None else [captions(index) for index in batch.index.tolist()]
+        texts = batch.captions
+        if texts is None and captions is not None:
+            texts = [captions(index) for index in batch.index.tolist()]
         metrics.update(batch.images, batch.labels, captions=texts)
         if sum(map(len, kept)) < KEPT_SAMPLES:
             kept.append(batch.images.cpu())
@@ -123,6 +134,14 @@ def sampling_facts(
         "guidance_scale": getattr(guidance, "scale", None),
         "seed": seed,
     }
+
+
+def label_protocol(module: DiffusionModule, *, given: bool = False) -> str:
+    """How samples' conditions were chosen: ``given`` by the user, ``balanced`` classes, ``held_out`` data's own, or
+    ``none``.
+    """
+    needs = module.conditioner.needs
+    return "given" if given else "none" if not needs else "balanced" if needs == ("label",) else "held_out"
 
 
 def captions_of(dataset: Any, num_classes: int | None) -> Callable[[int], str] | None:

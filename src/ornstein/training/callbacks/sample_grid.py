@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +14,26 @@ from ornstein.training.callbacks.lookup import data_of
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
 from ornstein.training.callbacks.show import show_image
+from ornstein.training.condition_pictures import captions_text, fitted, interleaved, short_labels
+from ornstein.training.generate import Generated
 from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
-from ornstein.training.pictures import image_grid, near_square, save_png
+from ornstein.training.pictures import image_grid, near_square, save_png, save_text
 
 
 class SampleGrid(Periodic):
-    """Draws ``samples/step_000400.png`` with the evaluation weights: a row a class, else about a square.
+    """Draws ``samples/step_000400.png`` with the evaluation weights: a row a class or a caption, else about a square.
 
-    Sample number i of class i mod K is what ``sample.py`` draws for the same seed, number by number.
+    Sample number i of class i mod K, or of held-out image i mod N with its caption, is what ``sample.py`` draws for the
+    same seed, number by number. Captions stand whole in ``step_000400.txt``; of a model that is conditioned on images,
+    each row of samples has the row of what it was given above it.
 
     Args:
         run_dir: the run's folder.
         every: optimizer steps between grids; null is only at the end.
-        samples_per_class: columns, where there are classes.
-        max_classes: rows at most; beyond, classes evenly spaced over all.
-        num_samples: of the grid where there are no classes.
+        samples_per_class: columns, where there are classes or captions.
+        max_classes: rows at most; beyond, classes evenly spaced over all, captions the first.
+        num_samples: of the grid where there are neither.
         seed: of the samples' noise.
         batch_size: samples at once.
         at_end: also at the end of training.
@@ -80,9 +86,14 @@ class SampleGrid(Periodic):
                 batch_size=self.batch_size,
                 watch=lambda step, state: advance(),
             )
-            images = torch.cat([batch.images.cpu() for batch in drawn])
-            picture = image_grid(images, layout.columns, row_labels=layout.row_labels)
-            save_png(picture, self.folder / f"step_{trainer.global_step:06}.png")
+            batches_drawn = list(drawn)
+            images, row_labels = shown(batches_drawn, layout)
+            picture = image_grid(images, layout.columns, row_labels=row_labels)
+            name = f"step_{trainer.global_step:06}"
+            save_png(picture, self.folder / f"{name}.png")
+            captions = [caption for batch in batches_drawn for caption in batch.captions or ()]
+            if captions:
+                save_text(captions_text(layout.indices, captions), self.folder / f"{name}.txt")
             show_image(trainer, "samples", picture)
 
 
@@ -99,10 +110,13 @@ def grid_layout(
     trainer: pl.Trainer, module: DiffusionModule, num_samples: int, *, per_class: int, max_classes: int
 ) -> GridLayout:
     """``per_class`` samples of each class in a row, of ``max_classes`` classes evenly spaced over all where
-    there are more; without classes about a square of ``num_samples``.
+    there are more, or of each of the first ``max_classes`` captions of the held-out data; without either about a square
+    of ``num_samples``.
     """
     classes = module.conditioner.num_classes
-    if classes is None:
+    if "caption" in module.conditioner.needs:
+        return _by_caption(data_of(trainer).val.captions or [], per_class=per_class, most=max_classes)
+    if classes is None or module.conditioner.needs != ("label",):
         return GridLayout(list(range(num_samples)), near_square(num_samples), None)
     shown = [row * classes // min(classes, max_classes) for row in range(min(classes, max_classes))]
     names = getattr(data_of(trainer), "class_names", None) or ()
@@ -112,3 +126,24 @@ def grid_layout(
         per_class,
         [names[label] if label < len(names) else str(label) for label in shown],
     )
+
+
+def _by_caption(captions: Sequence[str], *, per_class: int, most: int) -> GridLayout:
+    """A row a caption: samples that held-out images of that caption stand for, sample i for image i mod N."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for row, caption in enumerate(captions):
+        places[caption].append(row)
+    chosen = list(places)[:most]
+    indices = [
+        places[caption][column % len(places[caption])] + column // len(places[caption]) * len(captions)
+        for caption in chosen
+        for column in range(per_class)
+    ]
+    return GridLayout(indices, per_class, short_labels(chosen))
+
+
+def shown(batches: Sequence[Generated], layout: GridLayout) -> tuple[torch.Tensor, list[str] | None]:
+    """The tiles of a grid, uint8 (N, C, H, W), and its rows' labels: with what was given above each row of samples."""
+    images = torch.cat([batch.images.cpu() for batch in batches])
+    given = [fitted(batch.conditions.cpu(), images) for batch in batches if batch.conditions is not None]
+    return interleaved(images, torch.cat(given), layout.columns) if given else (images, layout.row_labels)
