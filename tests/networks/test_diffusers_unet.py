@@ -39,6 +39,16 @@ def test_labels_and_sizes_meet_the_contract():
         DiffusersUNet2D(1, image_size=7, **CONFIG)
 
 
+def test_a_conditioning_image_joins_the_input():
+    network = DiffusersUNet2D(1, concat_channels=2, **CONFIG).eval()
+    x, t, image = torch.randn(2, 1, 8, 8), torch.zeros(2), torch.randn(2, 2, 8, 8)
+    y = network(x, t, concat=image)
+    assert y.shape == x.shape and network.in_channels == network.out_channels == 1
+    assert (network.model(torch.cat([x, image], dim=1), t).sample == y).all()
+    with pytest.raises(OrnsteinError, match="conditioning image of shape"):
+        network(x, t)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [({"noise_embedding": "fourier"}, "'sinusoidal' only"), ({"sample_size": 8}, "sets sample_size itself")],

@@ -108,11 +108,15 @@ class Denoiser:
         Under autocast the network runs in half precision; what goes in and comes out of here does not.
         """
         cond = self.parameterization.noise_cond(level)
+        network = self.network
         if isinstance(cond, Tensor):
             noise_cond = cond.reshape(-1).to(torch.float32).expand(x_t.shape[0])
         else:
             noise_cond = torch.full((x_t.shape[0],), cond, device=x_t.device)
-        return self.network(self.parameterization.scale_input(x_t, level), noise_cond, **self.cond).to(x_t.dtype)
+            # Of a mixture of experts a batch at one level needs one; told by the number, nobody reads a tensor back.
+            expert_at = getattr(network, "expert_at", None)
+            network = network if expert_at is None else expert_at(cond)
+        return network(self.parameterization.scale_input(x_t, level), noise_cond, **self.cond).to(x_t.dtype)
 
     def __call__(self, x_t: Tensor, t: Scalar | Level, *, again: bool = False) -> Prediction:
         """The prediction for x_t (B, *shape) at a number, a (B,) tensor of times, or a level."""

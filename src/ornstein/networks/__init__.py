@@ -2,9 +2,13 @@
 
 from ornstein.networks.annotated import AnnotatedUNet
 from ornstein.networks.cost import count_flops, count_parameters
+from ornstein.networks.diffusers_text_unet import DiffusersUNet2DCondition
 from ornstein.networks.diffusers_unet import DiffusersUNet2D
 from ornstein.networks.dit import DiT
+from ornstein.networks.edm2 import EDM2UNet
 from ornstein.networks.embeddings import check_labels
+from ornstein.networks.experts import Experts
+from ornstein.networks.lucidrains import LucidrainsUNet
 from ornstein.networks.noisy_classifier import NoisyClassifier
 from ornstein.networks.unet import UNet
 
@@ -12,6 +16,10 @@ __all__ = [
     "AnnotatedUNet",
     "DiT",
     "DiffusersUNet2D",
+    "DiffusersUNet2DCondition",
+    "EDM2UNet",
+    "Experts",
+    "LucidrainsUNet",
     "NoisyClassifier",
     "UNet",
     "check_labels",

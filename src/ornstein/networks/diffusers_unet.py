@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ornstein.errors import OrnsteinError
-from ornstein.networks.checks import check_divisible, image_size_pair
+from ornstein.networks.checks import check_divisible, image_size_pair, join_concat
 from ornstein.networks.embeddings import check_labels
+
+
+def diffusers_config(
+    name: str, config: Mapping[str, Any], *, noise_embedding: str, own: Collection[str]
+) -> dict[str, Any]:
+    """Return the arguments that an adapter hands on to diffusers, lists as tuples.
+
+    Args:
+        name: of the adapter, for its sentences.
+        config: what was given.
+        noise_embedding: `sinusoidal` only: diffusers' Fourier form divides its output by the condition.
+        own: arguments that the adapter sets itself.
+
+    Raises:
+        OrnsteinError: another `noise_embedding`, or one of `own`.
+    """
+    if noise_embedding != "sinusoidal":
+        raise OrnsteinError(
+            f"{name} takes noise_embedding 'sinusoidal' only, got '{noise_embedding}': "
+            "use ornstein.networks.UNet for conditions of order one, such as EDM's."
+        )
+    taken = set(own) & config.keys()
+    if taken:
+        raise OrnsteinError(
+            f"{name} sets {', '.join(sorted(taken))} itself: use its own arguments, such as image_size, num_classes "
+            "and noise_embedding."
+        )
+    # A config file gives lists; diffusers wants tuples where it compares them.
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
 
 
 class DiffusersUNet2D(nn.Module):
@@ -22,6 +51,7 @@ class DiffusersUNet2D(nn.Module):
         *,
         image_size: int | Sequence[int] | None = None,
         num_classes: int | None = None,
+        concat_channels: int = 0,
         noise_embedding: str = "sinusoidal",
         **config: Any,
     ) -> None:
@@ -32,6 +62,7 @@ class DiffusersUNet2D(nn.Module):
             out_channels: channels of the output; None: as many as the input.
             image_size: side or `(height, width)`, checked at once and passed on as `sample_size`.
             num_classes: classes, or None for an unconditional network; the null class is one row more.
+            concat_channels: channels of a conditioning image joined to the input.
             noise_embedding: `sinusoidal` only: diffusers' Fourier form divides its output by the condition.
             config: all other arguments of `UNet2DModel`, such as `block_out_channels`.
 
@@ -40,29 +71,19 @@ class DiffusersUNet2D(nn.Module):
                 `image_size` that does not divide.
         """
         super().__init__()
-        if noise_embedding != "sinusoidal":
-            raise OrnsteinError(
-                f"DiffusersUNet2D takes noise_embedding 'sinusoidal' only, got '{noise_embedding}': "
-                "use ornstein.networks.UNet for conditions of order one, such as EDM's."
-            )
-        own = {"sample_size", "num_class_embeds", "class_embed_type", "time_embedding_type"} & config.keys()
-        if own:
-            raise OrnsteinError(
-                f"DiffusersUNet2D sets {', '.join(sorted(own))} itself: use image_size, num_classes and "
-                "noise_embedding."
-            )
+        own = ("sample_size", "num_class_embeds", "class_embed_type", "time_embedding_type")
+        config = diffusers_config("DiffusersUNet2D", config, noise_embedding=noise_embedding, own=own)
         from diffusers import UNet2DModel
 
         size = image_size_pair(image_size)
-        # A config file gives lists; diffusers wants tuples where it compares them.
-        config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
         self.num_classes = num_classes
+        self.concat_channels = concat_channels
         self.image_size = size
         model: Any = UNet2DModel(
             sample_size=size,
-            in_channels=self.in_channels,
+            in_channels=in_channels + concat_channels,
             out_channels=self.out_channels,
             num_class_embeds=None if num_classes is None else num_classes + 1,
             **config,
@@ -75,8 +96,11 @@ class DiffusersUNet2D(nn.Module):
     def _check_size(self, height: int, width: int) -> None:
         check_divisible(height, width, self.factor, why=f"a U-Net of {self.factor} x downsampling")
 
-    def forward(self, x: Tensor, noise_cond: Tensor, *, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise_cond: Tensor, *, label: Tensor | None = None, concat: Tensor | None = None
+    ) -> Tensor:
         """Return the output `(B, out_channels, H, W)`; arguments and errors as in `UNet.forward`."""
         self._check_size(x.shape[-2], x.shape[-1])
         check_labels(label, self.num_classes)
+        x = join_concat(x, concat, self.concat_channels)
         return self.model(x, noise_cond, class_labels=label, return_dict=False)[0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ornstein.diffusion.schedules import NoiseSchedule
 from ornstein.errors import OrnsteinError
+from ornstein.training.base import TrainingModule
 from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 
@@ -50,19 +51,19 @@ class EMA(pl.Callback):
         """Copies what is averaged before any checkpoint is loaded into the copies."""
         if stage != "fit" or self.network is not None:
             return
-        if not isinstance(pl_module, DiffusionModule):
-            raise OrnsteinError("EMA averages the network of a DiffusionModule.")
+        if not isinstance(pl_module, TrainingModule):
+            raise OrnsteinError("EMA averages the network of a module of this package.")
         self.network = copy.deepcopy(pl_module.network).requires_grad_(False).eval()
         pl_module.__dict__["averaged_network"] = self.network
-        if next(pl_module.schedule.parameters(), None) is not None:
+        if isinstance(pl_module, DiffusionModule) and next(pl_module.schedule.parameters(), None) is not None:
             self.schedule = copy.deepcopy(pl_module.schedule).requires_grad_(False).eval()
             pl_module.__dict__["averaged_schedule"] = self.schedule
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the averages to the device and pairs each with its weight, once."""
-        assert self.network is not None and isinstance(pl_module, DiffusionModule)
+        assert self.network is not None and isinstance(pl_module, TrainingModule)
         copies: list[tuple[nn.Module, nn.Module]] = [(self.network, pl_module.network)]
-        if self.schedule is not None:
+        if self.schedule is not None and isinstance(pl_module, DiffusionModule):
             copies.append((self.schedule, pl_module.schedule))
         self._averaged, self._current = [], []
         for average, trained in copies:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
 from ornstein.codecs import Codec
@@ -20,15 +17,14 @@ from ornstein.diffusion.objectives import LossOutput, Objective, TrainingNoise
 from ornstein.diffusion.samplers import Sampler
 from ornstein.diffusion.samplers.base import State
 from ornstein.diffusion.schedules import NoiseSchedule
-from ornstein.errors import OrnsteinError
+from ornstein.networks import Experts
+from ornstein.training.base import CHECKPOINT_KEY, LRScheduleFactory, OptimizerFactory, TrainingModule
+from ornstein.training.conditions import HeldOut, mirrored, prepare_conditions
 from ornstein.training.generate import Generated, Watch, generate
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-LRScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-CHECKPOINT_KEY = "ornstein"
+from ornstein.training.latents import batch_device, batch_images, clean_latents, prepare_latents
 
 
-class DiffusionModule(pl.LightningModule):
+class DiffusionModule(TrainingModule):
     """Trains ``network`` to denoise what ``codec`` encodes, under ``schedule`` and ``objective``.
 
     The pieces are the run's config groups, already built; pixel or latent is the codec's choice, class-conditional or
@@ -54,6 +50,8 @@ class DiffusionModule(pl.LightningModule):
     what an undisturbed one would have drawn.
     """
 
+    last_output: LossOutput | None
+
     def __init__(
         self,
         network: nn.Module,
@@ -73,25 +71,34 @@ class DiffusionModule(pl.LightningModule):
         compile: bool = False,
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.network, self.schedule, self.objective = network, schedule, objective
+        super().__init__(network, optimizer=optimizer, lr_schedule=lr_schedule, flip=flip, seed=seed, config=config)
+        self.schedule, self.objective = schedule, objective
+        if isinstance(network, Experts):
+            network.place_boundaries(lambda t: float(objective.parameterization.noise_cond(schedule.level(t))))
         self.codec, self.conditioner = codec.eval().requires_grad_(False), conditioner
         self.sampler, self.guidance = sampler, guidance if guidance is not None else NoGuidance()
-        self._optimizer, self._lr_schedule = optimizer, lr_schedule
-        self.flip, self.seed = flip, seed
         self.clip_x0, self.dynamic_threshold = clip_x0, dynamic_threshold
-        self.run_config = config if config is not None else {}
-        self.micro_batches_seen = 0
-        self.images_seen = 0
-        self.last_output: LossOutput | None = None
-        self._generators: dict[torch.device, torch.Generator] = {}
-        # Kept out of the module's registry: averages are neither trained nor saved as the model's own weights.
-        self.__dict__["averaged_network"] = self.__dict__["averaged_schedule"] = None
+        # As the averaged network: no part of the module's own weights.
+        self.__dict__["averaged_schedule"] = None
+        # Held-out data, for conditions that nobody gives when sampling; opened when they are first asked for.
+        self.held_out: HeldOut | None = None
         self._compile = compile
 
     def setup(self, stage: str) -> None:
-        """Compiles the network for training, after averages have been copied from it (a compiled one cannot be)."""
-        if stage == "fit" and self._compile:
+        """Looks at the latents that it is given in the place of images, and compiles the network for training, after
+        averages have been copied from it (a compiled one cannot be).
+
+        Raises:
+            OrnsteinError: latents that are not those of the codec.
+        """
+        if stage != "fit":
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        prepare_latents(self, data)
+        if data is not None:
+            prepare_conditions(self, data, device=self.device)
+            self.held_out = lambda: data.val
+        if self._compile:
             self.network.compile()
 
     # ---- training -------------------------------------------------------------------------------------------------
@@ -106,11 +113,6 @@ class DiffusionModule(pl.LightningModule):
             dynamic_threshold=self.dynamic_threshold,
         )
 
-    def evaluation_network(self) -> nn.Module:
-        """The averaged weights where an EMA callback keeps them, else the network itself."""
-        averaged = self.__dict__["averaged_network"]
-        return averaged if averaged is not None else self.network
-
     def evaluation_schedule(self) -> NoiseSchedule:
         """The averaged schedule where it is learned and an EMA callback averages it, else the schedule itself."""
         averaged: NoiseSchedule | None = self.__dict__["averaged_schedule"]
@@ -124,7 +126,7 @@ class DiffusionModule(pl.LightningModule):
         output = self._loss(batch, generator, self.denoiser(), augment=self.flip)
         self.last_output = output
         self.micro_batches_seen += 1
-        self.images_seen += batch["image"].shape[0] * self._world_size()
+        self.images_seen += batch_images(batch) * self._world_size()
         return output.loss
 
     @torch.no_grad()
@@ -144,55 +146,11 @@ class DiffusionModule(pl.LightningModule):
     def _loss(
         self, batch: dict[str, Any], generator: torch.Generator, denoiser: Denoiser, *, augment: bool
     ) -> LossOutput:
-        x = batch["image"].to(torch.float32).div_(127.5).sub_(1.0)
         noise = TrainingNoise(generator, rank=self.global_rank, world_size=self._world_size())
-        if augment:
-            flip = noise.uniform(x.shape[0], x.device) < 0.5
-            x = torch.where(flip.reshape(-1, 1, 1, 1), x.flip(-1), x)
-        with torch.no_grad():
-            x0 = self.codec.encode(x, generator=generator)
-        cond = self.conditioner.training_cond(batch, generator=generator)
+        flip = noise.uniform(batch_images(batch), batch_device(batch)) < 0.5 if augment else None
+        x0 = clean_latents(batch, self.codec, flip=flip, generator=generator)
+        cond = self.conditioner.training_cond(mirrored(batch, flip, self.conditioner), generator=generator)
         return self.objective(denoiser, x0, cond, noise)
-
-    def _generator(self, purpose: str, count: int) -> torch.Generator:
-        if self.device not in self._generators:
-            self._generators[self.device] = torch.Generator(self.device)
-        return self._generators[self.device].manual_seed(derive_seed(self.seed, purpose, count, self.global_rank))
-
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self._trainer is not None else 1
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over what is trainable, with its learning-rate schedule stepped every optimizer step."""
-        if self._optimizer is None:
-            raise OrnsteinError("this module was built without an optimizer, for sampling: it cannot be trained.")
-        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
-        if self._lr_schedule is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._lr_schedule(optimizer), "interval": "step"},
-        }
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | int | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips gradients under mixed precision too, where Lightning refuses every fused optimizer.
-
-        Its refusal is meant for a gradient scaler, which a fused optimizer undoes within its step, after the clipping;
-        bf16 has none, so there the gradients are what they seem.
-        """
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val is not None:
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
-            return
-        self.clip_gradients(
-            optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
-        )
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 
@@ -210,6 +168,9 @@ class DiffusionModule(pl.LightningModule):
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
         labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        images: Tensor | None = None,
         seed: int | None = None,
         batch_size: int = 256,
         watch: Callable[[int, State], None] | None = None,
@@ -225,28 +186,14 @@ class DiffusionModule(pl.LightningModule):
             shape=self.latent_shape,
             device=self.device,
             labels=labels,
+            prompts=prompts,
+            negative_prompt=negative_prompt,
+            images=images,
+            held_out=self.held_out,
             seed=self.seed if seed is None else seed,
             batch_size=batch_size,
             watch=watch,
         )
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what training needs beside weights: counters and the run's config, in plain JSON types."""
-        checkpoint[CHECKPOINT_KEY] = {
-            "micro_batches_seen": self.micro_batches_seen,
-            "images_seen": self.images_seen,
-            "config": self.run_config,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the counters back, and tells the data where to go on."""
-        state = checkpoint[CHECKPOINT_KEY]
-        self.micro_batches_seen = int(state["micro_batches_seen"])
-        self.images_seen = int(state["images_seen"])
-        if self._trainer is not None and getattr(self.trainer, "datamodule", None) is not None:
-            self.trainer.datamodule.start_batch = self.micro_batches_seen  # type: ignore[attr-defined]
 
 
 __all__ = ["CHECKPOINT_KEY", "DiffusionModule", "Watch"]

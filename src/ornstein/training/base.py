@@ -1,0 +1,134 @@
+"""What every module that trains here has in common: counters, draws, the optimizer, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor, nn
+
+from ornstein.diffusion.noise import derive_seed
+from ornstein.errors import OrnsteinError
+
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+LRScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+CHECKPOINT_KEY = "ornstein"
+
+
+class StepOutput(Protocol):
+    """What a step leaves for callbacks: the loss, scalar, and what each image has of it, (B,)."""
+
+    @property
+    def loss(self) -> Tensor: ...
+
+    @property
+    def per_sample(self) -> Tensor: ...
+
+
+class TrainingModule(pl.LightningModule):
+    """A network that is trained, and what the callbacks need of whoever trains it.
+
+    Args:
+        network: what is trained, averaged and compared with a checkpoint.
+        optimizer: partial; called with the trainable parameters.
+        lr_schedule: partial; called with the optimizer; stepped once an optimizer step.
+        flip: flip images left to right with probability 1/2.
+        seed: of everything random in training.
+        config: the run's resolved config in plain JSON types, stored in every checkpoint.
+
+    All randomness of a training step is a function of (seed, micro-batches seen, rank), so that a resumed run draws
+    what an undisturbed one would have drawn.
+    """
+
+    last_output: StepOutput | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        optimizer: OptimizerFactory | None,
+        lr_schedule: LRScheduleFactory | None,
+        flip: bool,
+        seed: int,
+        config: dict[str, Any] | None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._optimizer, self._lr_schedule = optimizer, lr_schedule
+        self.flip, self.seed = flip, seed
+        self.run_config = config if config is not None else {}
+        self.micro_batches_seen = 0
+        self.images_seen = 0
+        self.last_output = None
+        self._generators: dict[torch.device, torch.Generator] = {}
+        # Kept out of the module's registry: averages are neither trained nor saved as the model's own weights.
+        self.__dict__["averaged_network"] = None
+
+    def evaluation_network(self) -> nn.Module:
+        """The averaged weights where an EMA callback keeps them, else the network itself."""
+        averaged = self.__dict__["averaged_network"]
+        return averaged if averaged is not None else self.network
+
+    def _generator(self, purpose: str, count: int) -> torch.Generator:
+        if self.device not in self._generators:
+            self._generators[self.device] = torch.Generator(self.device)
+        return self._generators[self.device].manual_seed(derive_seed(self.seed, purpose, count, self.global_rank))
+
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self._trainer is not None else 1
+
+    def trained_parameters(self) -> Any:
+        """What the optimizer is given: parameters, or groups of them."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over what is trainable, with its learning-rate schedule stepped every optimizer step."""
+        if self._optimizer is None:
+            raise OrnsteinError("this module was built without an optimizer, for use: it cannot be trained.")
+        optimizer = self._optimizer(self.trained_parameters())
+        if self._lr_schedule is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._lr_schedule(optimizer), "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | int | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips gradients under mixed precision too, where Lightning refuses every fused optimizer.
+
+        Its refusal is meant for a gradient scaler, which a fused optimizer undoes within its step, after the clipping;
+        bf16 has none, so there the gradients are what they seem.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val is not None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+            return
+        self.clip_gradients(
+            optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what training needs beside weights: counters and the run's config, in plain JSON types."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "micro_batches_seen": self.micro_batches_seen,
+            "images_seen": self.images_seen,
+            "config": self.run_config,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the counters back, and tells the data where to go on."""
+        state = checkpoint[CHECKPOINT_KEY]
+        self.micro_batches_seen = int(state["micro_batches_seen"])
+        self.images_seen = int(state["images_seen"])
+        if self._trainer is not None and getattr(self.trainer, "datamodule", None) is not None:
+            self.trainer.datamodule.start_batch = self.micro_batches_seen  # type: ignore[attr-defined]
