@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sample evaluate test test-slow lint format types notebooks docs wheel ci clean
+.PHONY: help setup train sample evaluate encode test test-slow lint format types notebooks docs wheel ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ sample: $(READY) ## sample a run; e.g. make sample ARGS="run=outputs/train/... n
 evaluate: $(READY) ## score a run; e.g. make evaluate ARGS="run=outputs/train/... num_samples=1000"
 	$(BIN)/python evaluate.py $(ARGS)
 
+encode: $(READY) ## encode a data set's latents; e.g. make encode ARGS="data=digits data.image_size=32"
+	$(BIN)/python -m ornstein.cli.encode $(ARGS)
+
 # Each worker on one thread: several small networks side by side, not one fighting itself over the cores.
 test: $(READY) ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
@@ -51,8 +54,8 @@ types: $(READY) ## mypy over src
 notebooks: $(READY) ## run every notebook from top to bottom
 	$(BIN)/jupyter-execute --timeout=600 --kernel_name=python3 notebooks/*.ipynb
 
-docs: $(READY) ## write docs/design_space.md from docstrings and conf/
-	OMP_NUM_THREADS=1 $(BIN)/python -m ornstein.cli.options docs/design_space.md
+docs: $(READY) ## write docs/design_space.md and docs/networks.md from docstrings and conf/
+	OMP_NUM_THREADS=1 $(BIN)/python -m ornstein.cli.options docs
 
 wheel: $(READY) ## build dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation

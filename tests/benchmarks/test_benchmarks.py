@@ -144,6 +144,25 @@ def test_samplers_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_networks_run(tmp_path: Path) -> None:
+    figures, shown = run_script("networks.py", "--only", "unet-8,dit-8", out=tmp_path, timeout=300)
+    cells = figures["cells"]
+    assert [(cell["row"], cell["precision"], cell["task"]) for cell in cells] == [
+        (row, precision, task)
+        for row in ("unet-8", "dit-8")
+        for precision in ("fp32", "bf16")
+        for task in ("forward", "train")
+    ]
+    for cell in cells:
+        assert finite_numbers(cell) == 9
+        assert min(cell["ours"], cell["theirs"], cell["ratio"]) > 0
+        assert cell["our_bytes"] == 0 if cell["task"] == "forward" else cell["our_bytes"] > 0
+        if cell["row"] == "unet-8":  # the same architecture; diffusers' DiT embeds time and class in every block
+            assert cell["our_parameters"] == cell["their_parameters"]
+    assert "ratio" in shown
+
+
+@pytest.mark.slow
 def test_train_step_says_how_to_install_the_library(tmp_path: Path) -> None:
     try:
         import denoising_diffusion_pytorch  # noqa: F401

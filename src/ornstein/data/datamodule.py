@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ornstein.data.base import ImageDataset, Split
+from ornstein.data.base import SPLITS, ImageDataset, Split
 from ornstein.data.describe import measure_sigma_data
+from ornstein.data.latents import COMMAND, LatentDataset, Latents, Recipe, check_images
 from ornstein.data.sampling import EndlessBatches, OrderedBatches
 from ornstein.errors import OrnsteinError
 
@@ -60,10 +62,15 @@ class DataModule(lightning.LightningDataModule):
         flip: whether training may mirror the images. features: default features of metrics. Both are only
             kept here, for those who ask.
         limit: train on that many images, evenly spaced over the data set, instead of all.
+        latents: folder of `python -m ornstein.cli.encode`, whose latents batches hold in the place of images;
+            `train` and `val` stay the images themselves. Opened when a batch, or `open_latents`, asks for it.
         options: whatever else the data set takes (`root`, `val_fraction`, ...).
 
     Raises:
         OrnsteinError: in `setup`: the data disagree with the config, or cannot be read.
+
+    Attributes beside these: `latents_with_images`, whether batches of latents hold the images too (for a conditioner
+    that looks at them), and `latents_command`, which makes the latents, for messages.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class DataModule(lightning.LightningDataModule):
         flip: bool = False,
         features: str | None = None,
         limit: int | None = None,
+        latents: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -105,7 +113,12 @@ class DataModule(lightning.LightningDataModule):
         self.limit = limit
         self.options = options
         self.start_batch = 0
+        self.latents = latents
+        self.latents_with_images = False
+        self.latents_command = COMMAND
         self._built: dict[Split, ImageDataset] = {}
+        self._whole: dict[Split, ImageDataset] = {}
+        self._latents: dict[Split, Latents] = {}
 
     @property
     def train(self) -> ImageDataset:
@@ -137,13 +150,52 @@ class DataModule(lightning.LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
             start_batch=self.start_batch,
         )
-        return self._batches(self.train, order)
+        return self._batches(self.served("train"), order)
 
     def val_dataloader(self) -> Batches:
         """Every held-out image once, in order."""
-        return self._batches(self.val, OrderedBatches(len(self.val), self.eval_batch_size))
+        return self._batches(self.served("val"), OrderedBatches(len(self.val), self.eval_batch_size))
 
-    def _batches(self, dataset: ImageDataset, order: EndlessBatches | OrderedBatches) -> Batches:
+    def open_latents(self) -> Recipe:
+        """The recipe of the latents, which are opened if they have not been.
+
+        Raises:
+            OrnsteinError: there are none, some are missing or damaged, or they are those of other images.
+        """
+        if self.latents is None:
+            raise OrnsteinError(f"data.latents is not set: name a folder that `{self.latents_command}` wrote.")
+        for split in SPLITS:
+            if split not in self._latents:
+                images = self._split(split)
+                found = Latents(self.latents, split, command=self.latents_command)
+                check_images(found, self._whole.get(split, images))
+                self._latents[split] = found
+        return self._latents["train"].recipe
+
+    def served(self, split: Split) -> ImageDataset | LatentDataset:
+        """What the batches of a split are made of: its images, or their latents where there are such.
+
+        Raises:
+            OrnsteinError: as `open_latents` does.
+        """
+        images = self._split(split)
+        if self.latents is None:
+            return images
+        self.open_latents()
+        return LatentDataset(
+            images,
+            self._latents[split],
+            rows=self._rows(len(self._whole[split])) if split in self._whole else None,
+            flip=self.flip and split == "train",
+            with_images=self.latents_with_images,
+        )
+
+    def _rows(self, count: int) -> np.ndarray:
+        """The images that `limit` leaves of `count`, evenly spaced."""
+        assert self.limit is not None
+        return np.arange(self.limit, dtype=np.int64) * count // self.limit
+
+    def _batches(self, dataset: ImageDataset | LatentDataset, order: EndlessBatches | OrderedBatches) -> Batches:
         """A loader that hands each array of indices of `order` to the data set as a whole."""
         loader = DataLoader(
             dataset,
@@ -170,7 +222,9 @@ class DataModule(lightning.LightningDataModule):
             built = self.dataset(**arguments)
             self._check(built)
             if split == "train" and self.limit is not None and self.limit < len(built):
-                built = built.subset(torch.arange(self.limit) * len(built) // self.limit)
+                if self.latents is not None:
+                    self._whole[split] = built  # what the latents were made of
+                built = built.subset(self._rows(len(built)))
             self._built[split] = built
         return self._built[split]
 

@@ -9,11 +9,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from ornstein.diffusion.objectives import LossOutput
+from ornstein.training.base import TrainingModule
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.callbacks.throughput import Throughput
 from ornstein.training.ema import EMA
+from ornstein.training.latents import batch_images
 from ornstein.training.limits import check_limits
-from ornstein.training.module import DiffusionModule
 from ornstein.training.record import due, record
 
 LEVEL_EDGES = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0)
@@ -63,7 +65,7 @@ class TrainingLog(pl.Callback):
     ) -> None:
         """Logs the effective batch before the first step."""
         if trainer.global_step == 0 and batch_idx == 0:
-            images = batch["image"].shape[0] * trainer.accumulate_grad_batches * trainer.world_size
+            images = batch_images(batch) * trainer.accumulate_grad_batches * trainer.world_size
             record(trainer, {"effective_batch": float(images)})
 
     def on_before_optimizer_step(
@@ -80,12 +82,12 @@ class TrainingLog(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Adds the micro-batch up, and logs where a row is due."""
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, TrainingModule)
         output = pl_module.last_output
         assert output is not None
         self._losses.add(output.loss.detach().float().reshape(1))
         self._micro_batches += 1
-        if self.levels_every is not None:
+        if self.levels_every is not None and isinstance(output, LossOutput):
             # One-hot sums rather than scattered adds: those have no fixed order on a GPU.
             level = torch.bucketize(output.log_snr, self._edges_on(output.log_snr.device))
             member = (level[:, None] == torch.arange(len(LEVEL_NAMES), device=level.device)).float()
@@ -102,7 +104,7 @@ class TrainingLog(pl.Callback):
         if row:
             record(trainer, row)
 
-    def _row(self, trainer: pl.Trainer, module: DiffusionModule) -> dict[str, float]:
+    def _row(self, trainer: pl.Trainer, module: TrainingModule) -> dict[str, float]:
         mean = self._losses.take() / self._micro_batches
         self._micro_batches = 0
         mean = trainer.strategy.reduce(mean, reduce_op="mean")

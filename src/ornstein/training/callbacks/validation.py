@@ -5,11 +5,12 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 
+from ornstein.training.base import TrainingModule
 from ornstein.training.callbacks.lookup import data_of
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
+from ornstein.training.latents import batch_images
 from ornstein.training.limits import check_limits
-from ornstein.training.module import DiffusionModule
 from ornstein.training.record import record
 
 
@@ -32,7 +33,7 @@ class Validation(Periodic):
         super().__init__(every=every, at_end=every is not None)
         self.max_batches = max_batches
 
-    def act(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
+    def act(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Validates: the mean over images, and over ranks, whose noise differs."""
         loader = data_of(trainer).val_dataloader()
         losses, sizes = [], []
@@ -43,7 +44,7 @@ class Validation(Periodic):
                     break
                 held_out = module.transfer_batch_to_device(held_out, module.device, 0)
                 losses.append(module.validation_step(held_out, index).float())
-                sizes.append(held_out["image"].shape[0])
+                sizes.append(batch_images(held_out))
                 advance()
             if not losses:
                 return
