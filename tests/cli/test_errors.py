@@ -113,7 +113,7 @@ def test_the_ornstein_command_names_its_commands(tmp_path, arguments, code, stre
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     outcome = Outcome(folder, str(script), *arguments)
-    assert outcome.code == code and "ornstein {train|sample|evaluate}" in getattr(outcome, stream)
+    assert outcome.code == code and "ornstein {train|sample|evaluate|" in getattr(outcome, stream)
     assert outcome.loaded == set() and outcome.files == []
 
 

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -16,7 +17,7 @@ from ornstein.cli.trust import targets
 from ornstein.cli.validate import validate
 
 CONF = conf_dir()
-MODELS = ("pixel_unet", "class_unet", "dit", "latent_unet", "latent_dit")
+MODELS = ("pixel_unet", "class_unet", "dit", "latent_unet", "latent_dit", "text_unet", "text_dit")
 SCHEDULES = sorted(path.stem for path in (CONF / "scheduler").glob("*.yaml"))
 OBJECTIVES = sorted(path.stem for path in (CONF / "objective").glob("*.yaml"))
 # What is refused, and why: these predict what alpha = 0 leaves undetermined; only these are bounds, and may train a
@@ -38,13 +39,15 @@ REFUSED = [
     ("model=latent_dit codec=identity", "model=latent_dit codec=identity codec=kl model=dit"),
     (
         "model=latent_unet data=fashion_mnist",
-        "codec=kl digits fashion_mnist train_autoencoder codec.weights= codec.fits=[fashion_mnist] model=class_unet",
+        "codec=kl digits fashion_mnist model=autoencoder_kl data.image_size=32 codec.weights=FOLDER model=class_unet",
     ),
     ("codec=kl", "image_size=32 data.image_size is 8 codec.weights="),
     ("model=latent_dit data.image_size=16", "image_size=32 data.image_size is 16 set data.image_size=32"),
     ("model=latent_dit data.image_size=30", "30 is not divisible by 4 data.image_size"),
     ("model=latent_unet data.channels=3", "image_channels=1 data.channels"),
-    ("model=latent_unet codec.weights=/nowhere.safetensors", "/nowhere.safetensors train_autoencoder codec.weights="),
+    ("model=latent_unet codec.weights=/nowhere.safetensors", "/nowhere.safetensors model=autoencoder_kl bundled"),
+    ("codec=diffusers data.channels=3", "codec=diffusers codec.pretrained=FOLDER"),
+    ("codec=diffusers codec.pretrained=nobody/nothing", "codec.pretrained=nobody/nothing no folder here fetched"),
     ("data.image_size=9", "9 x 9 divide by 2 10 x 10"),
     ("model=dit data.image_size=9", "9 x 9 divide by 2 patch_size 10 x 10"),
     ("model/network=unet data.image_size=12", "12 x 12 divide by 8 16 x 16"),
@@ -61,6 +64,11 @@ REFUSED = [
     ("sampler=ddpm sampler.variance=learned", "sampler.variance=learned fixed_small objective=hybrid"),
     ("sampler=diffusers sampler.scheduler._target_=diffusers.ScoreSdeVeScheduler", "ScoreSdeVeScheduler DDIMScheduler"),
     ("sampler=heun guidance=cfgpp", "guidance=cfgpp sampler=Heun sampler=ddim"),
+    ("init.from=/nowhere", "init.from=/nowhere no such file or folder"),
+    ("init.weights=best", "init.weights=best ema or model"),
+    ("init.freeze=[stem.*]", "init.freeze without init.from= random init.from=outputs/train"),
+    ("init.train_only=[stem.*]", "init.train_only without init.from= random"),
+    ("adapter=lora", "adapter=lora without init.from= random"),
     ("trainer.max_steps=0", "trainer.max_steps=0 at least 1"),
     ("trainer.max_steps=null", "trainer.max_steps=None at least 1"),
     ("sampler.steps=0", "sampler.steps=0 at least 1"),
@@ -91,6 +99,23 @@ REFUSED = [
     ("objective/distance=huber objective.distance.delta=-1", "delta > 0"),
     ("objective/time=uniform objective.time.t_min=3", "objective.time.t_min=3 [0, 1)"),
     ("model=dit model.network.heads=3", "hidden_size 128 3 attention heads"),
+    (
+        "model.network.noise_embedding=fourier",
+        "model.network.noise_embedding=fourier objective=v objective=edm sinusoidal",
+    ),
+    ("model/network=edm2_xs data.image_size=32", "model.network.noise_embedding=fourier objective=edm sinusoidal"),
+    ("model/network=edm2_tiny data.image_size=9", "9 x 9 divide by 2 10 x 10"),
+    ("model/network=edm2_tiny model.network.attention=[true]", "attention 1 entries channel_mults 2"),
+    ("model=unet_diffusers data.image_size=10", "10 x 10 divide by 4 12 x 12"),
+    ("model=unet_condition_diffusers model.network.label_mode=concat", "label_mode 'add' 'cross_attention' 'concat'"),
+    ("model=experts model.network.num_experts=1", "num_experts at least 2 1"),
+    ("model=experts model.network.boundaries=[0.5,0.6]", "boundaries=[0.5, 0.6] must be 1 num_experts=2"),
+    ("model=experts model.network.train_only=[2]", "train_only=[2] experts from 0 to 1 null"),
+    ("model=experts data.image_size=9", "9 x 9 divide by 2 10 x 10"),
+    (
+        "model=experts model.network.network.noise_embedding=fourier",
+        "model.network.network.noise_embedding=fourier objective=v objective=edm sinusoidal",
+    ),
     ("clip_x0=-1", "clip_x0=-1 positive null"),
     ("dynamic_threshold=7", "dynamic_threshold=7 (0, 1]"),
     ("optimizer.lr=-1", "optimizer=adamw learning rate -1"),
@@ -99,6 +124,32 @@ REFUSED = [
     ("codec.size=16", "codec.size=16 data.image_size=8 codec=identity leave codec.size out"),
     ("codec.size=[8,16]", "codec.size=[8, 16] data.image_size=8"),
     ("model=latent_unet codec.channels=8", "channels=4 codec.channels is 8"),
+    ("data.latents=/nowhere", "data.latents=/nowhere codec=identity leave data.latents out model=latent_dit"),
+    ("model=latent_dit data.latents=/nowhere", "data.latents=/nowhere no latents ornstein.cli.encode data=digits"),
+    ("model=autoencoder_kl sampler=heun", "sampler=heun model=autoencoder_kl no sampler leave it out latent_unet"),
+    ("model=autoencoder_vq sampler.steps=3", "sampler.steps=3 model=autoencoder_vq no sampler"),
+    ("model=autoencoder_kl clip_x0=1", "clip_x0=1 model=autoencoder_kl no clip_x0 leave it out"),
+    ("model=autoencoder_kl codec=kl", "codec=kl model=autoencoder_kl no codec"),
+    ("model=autoencoder_kl data.image_size=30", "shrinks images by 4 30x30 data.image_size multiple of 4"),
+    ("model=autoencoder_kl data.latents=/nowhere", "model=autoencoder_kl images leave data.latents out"),
+    ("model=autoencoder_kl callbacks=default", "callbacks.schedule_plot callbacks=autoencoder callbacks=none"),
+    ("callbacks=autoencoder", "callbacks.reconstruction_grid callbacks=default model=autoencoder_kl"),
+    ("model=autoencoder_kl model.loss.reconstruction=l3", "model.loss.reconstruction=l3 l1 or l2"),
+    ("model=autoencoder_kl model.loss.start=-1", "model.loss.start=-1 at least 0"),
+    (
+        "model=autoencoder_kl model.loss.adversarial=hinge data.image_size=16",
+        "model.discriminator.layers=3 24 pixels data.image_size 16 fewer layers model.loss.adversarial=null",
+    ),
+    (
+        "model=autoencoder_kl model.loss.adversarial=hinge trainer.precision=16-mixed",
+        "trainer.precision=16-mixed model.loss.adversarial=hinge bf16-mixed 32-true",
+    ),
+    ("model=autoencoder_kl model.loss.perceptual=alex data.image_size=16", "alex 32 pixels 16 vgg null larger images"),
+    ("model=autoencoder_vq model.network.codes=1", "codes=1 at least 2"),
+    ("model=autoencoder_vq model.network.update=sgd", "update=sgd gradient or ema"),
+    ("model=autoencoder_kl model.network.groups=5", "multiple of groups=5"),
+    ("model=autoencoder_kl callbacks.codec_file.dtype=int8", "callbacks.codec_file.dtype=int8 float32 or float16"),
+    ("model=autoencoder_kl callbacks.evaluation.num_samples=-1", "callbacks.evaluation.num_samples=-1 at least 0"),
     ("ema.decay=2", "ema.decay=2 [0, 1)"),
     ("ema.decay=1", "ema.decay=1 [0, 1)"),
     ("ema.every=0", "ema.every=0 at least 1"),
@@ -165,6 +216,17 @@ ACCEPTED = [
     "+callbacks.mine={_target_:my_callbacks.Mine,every:0}",
     "logger.wandb.mode=disabled",
     "model.matmul_precision=medium",
+    "model=autoencoder_kl",
+    "model=autoencoder_vq data=fashion_mnist ema=default debug=fast_dev_run",
+    "model=autoencoder_kl model/autoencoder=vq_f4 data=emoji data.image_size=64",
+    "model=autoencoder_kl model.loss.adversarial=hinge model.discriminator.layers=1 data.image_size=8",
+    "model=autoencoder_kl model.loss.adversarial=vanilla trainer.precision=bf16-mixed callbacks=none",
+    "model=latent_unet codec=vq",
+    "model/network=edm2_tiny objective=edm scheduler=edm model.network.noise_embedding=fourier",
+    "model/network=edm2_xs objective=edm data.image_size=32",
+    "model=unet_condition_diffusers model.network.label_mode=add guidance=cfg",
+    "model=experts model.network.num_experts=3 model.network.boundaries=[0.1,0.7] guidance=cfg",
+    "model=experts model/network@model.network.network=dit_tiny model.network.train_only=[1]",
 ]
 
 
@@ -219,14 +281,30 @@ GROUPS = sorted(
     if path.is_dir() and options_of(path) and path.name != "likelihood"
 )
 OPTIONS = [(group, option) for group in GROUPS for option in options_of(CONF / group)]
+OPTIONS.remove(("codec", "diffusers"))  # needs a folder: tests/cli/test_autoencoder_cli.py
 # What an option cannot do without.
 NEEDS = {
+    ("callbacks", "autoencoder"): ["model=autoencoder_kl"],
     ("codec", "kl"): ["data.image_size=32"],
+    ("codec", "vq"): ["data.image_size=32"],
+    ("model/autoencoder", "kl_f8"): ["model=autoencoder_kl"],
+    ("model/autoencoder", "kl_tiny"): ["model=autoencoder_kl"],
+    ("model/autoencoder", "vq_f4"): ["model=autoencoder_vq"],
+    ("model/autoencoder", "vq_tiny"): ["model=autoencoder_vq"],
+    ("conditioner", "class_text"): ["model=text_unet"],
     ("conditioner", "none"): ["model=pixel_unet"],
+    ("conditioner", "text"): ["model=text_unet"],
     ("data", "image_folder"): ["model=pixel_unet", "data.root=."],
     ("guidance", "autoguidance"): ["guidance.scale=1"],
     ("guidance", "colour"): ["data=emoji"],
     ("guidance", "energy"): ["data=emoji", "+guidance.loss._target_=ornstein.diffusion.guidance.Colour"],
+    ("model/network", "edm2_l"): ["objective=edm"],
+    ("model/network", "edm2_m"): ["objective=edm"],
+    ("model/network", "edm2_s"): ["objective=edm"],
+    ("model/network", "edm2_xl"): ["objective=edm"],
+    ("model/network", "edm2_xs"): ["objective=edm"],
+    ("model/network", "edm2_xxl"): ["objective=edm"],
+    ("model/network", "ncsnpp"): ["objective=edm"],
     ("objective/parameterization", "learned_variance"): ["objective=hybrid"],
     ("scheduler", "vdm_learned"): ["objective=vdm"],
 }
@@ -234,9 +312,13 @@ BUILT_WITHOUT_LIGHTNING = {"codec", "conditioner", "guidance", "objective", "sam
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(row) for row in OPTIONS])
-def test_every_option_composes_and_instantiates(compose, group, option):
+def test_every_option_composes_and_instantiates(compose, group, option, tmp_path):
     """Every file below conf/: no list to forget a new one in."""
-    cfg = compose(f"{group}={option}", *NEEDS.get((group, option), []))
+    needs = list(NEEDS.get((group, option), []))
+    if (group, option) == ("adapter", "lora"):  # adapts weights that exist
+        torch.save(instantiate(compose().model.network).state_dict(), tmp_path / "weights.pt")
+        needs.append(f"init.from='{tmp_path / 'weights.pt'}'")
+    cfg = compose(f"{group}={option}", *needs)
     validate(cfg)
     top = group.partition("/")[0]
     if top in BUILT_WITHOUT_LIGHTNING:
@@ -260,7 +342,7 @@ def test_every_cell_of_model_schedule_objective(compose, nodes, model):
     """Every cell trains but those that have no meaning, which are refused with the sentence that says so."""
     cfg = compose(f"model={model}")
     schedules, objectives = nodes
-    assert set(MODELS) == set(options_of(CONF / "model"))
+    assert set(MODELS) | {"autoencoder_kl", "autoencoder_vq"} == set(options_of(CONF / "model"))
     refused, meaningless = [], []
     cells = list(product(SCHEDULES, OBJECTIVES))
     if model not in ("class_unet", "latent_unet"):  # only pixels or latents matters to a cell: each option once

@@ -141,6 +141,7 @@ def test_every_weight_is_trained() -> None:
     [
         ({"image_size": 18}, r"shrinks images by 4, which does not divide 18x18"),
         ({"image_size": (16, 18)}, "does not divide 16x18"),
+        ({"channels": 0}, "channels=0"),
         ({"width": 6}, "multiple of groups=4"),
         ({"multipliers": ()}, "multiple of groups"),
     ],

@@ -82,7 +82,7 @@ def test_a_users_own_class_needs_their_word(altered, tmp_path, monkeypatch, alon
         "diffusers.schedulers.scheduling_ddim.torch.load",
         # Ours, and not a part of a model.
         "ornstein.experiment.atomic.write_text",
-        "ornstein.codecs.save_kl",
+        "ornstein.codecs.save_codec",
         "ornstein.cli.train.main",
         "ornstein.networks.nothing_there",
         "ornstein.",

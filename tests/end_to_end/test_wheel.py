@@ -74,7 +74,9 @@ def config_of_the_run(folder: Path) -> dict:
 
 def test_wheel_carries_configs_weights_and_types(wheel: Path) -> None:
     source = ROOT / "src"
-    kept = [path for path in (source / "ornstein").rglob("*") if path.suffix in (".py", ".typed", ".safetensors")]
+    kept = [
+        path for path in (source / "ornstein").rglob("*") if path.suffix in (".py", ".typed", ".safetensors", ".txt")
+    ]
     expected = {path.relative_to(source).as_posix() for path in kept}
     expected |= {f"ornstein/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -1,10 +1,10 @@
-"""The command line: the only place that knows Hydra. ``ornstein train|sample|evaluate`` or the root's scripts."""
+"""The command line: the only place that knows Hydra. ``ornstein COMMAND``, or the root's scripts."""
 
 from __future__ import annotations
 
 import sys
 
-_COMMANDS = ("train", "sample", "evaluate")
+_COMMANDS = ("train", "sample", "evaluate", "encode", "export", "convert")
 
 
 def main() -> None:

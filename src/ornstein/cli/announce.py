@@ -9,18 +9,27 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
+    from ornstein.training.estimate import Cost
     from ornstein.training.module import DiffusionModule
 
 
 def announce(
-    cfg: DictConfig, module: DiffusionModule, data: Any, trainer: Any, run: Any, checkpoint: Path | None
+    cfg: DictConfig, module: Any, data: Any, trainer: Any, run: Any, checkpoint: Path | None
 ) -> dict[str, float]:
     """Prints what the run is and will cost, and returns the figures for its summary."""
     import torch
 
+    from ornstein.cli.autoencoder import describe_autoencoder, trains_autoencoder
+    from ornstein.cli.start import describe_start
+    from ornstein.training.conditions import prepare_conditions
     from ornstein.training.estimate import measure_cost
+    from ornstein.training.latents import prepare_latents
 
-    batch = data.train.batch(list(range(min(data.batch_size, len(data.train)))))
+    if not trains_autoencoder(cfg):
+        prepare_latents(module, data)
+        prepare_conditions(module, data, device=trainer.strategy.root_device)
+    source = data.train if getattr(data, "latents", None) is None else data.served("train")
+    batch = source.batch(list(range(min(data.batch_size, len(source)))))
     if trainer.world_size == 1:
         # Where it will train: a GPU's time is not to be told from a CPU's.
         device = trainer.strategy.root_device
@@ -34,11 +43,9 @@ def announce(
     rows = {
         "run": str(run.path),
         "data": f"{data.train.name}: {len(data.train):,} train, {len(data.val):,} held out, "
-        f"{data.channels}x{data.image_size}x{data.image_size}",
-        "network": f"{type(module.network).__name__}, {cost.parameters:,} parameters, "
-        f"{cost.flops / 1e6:,.1f} MFLOPs a sample (2 a multiply-add)",
-        "diffusion": f"{type(module.schedule).__name__} schedule, {module.objective.parameterization.name} output, "
-        f"{type(module.sampler).__name__} sampler with {module.sampler.steps} steps",
+        f"{data.channels}x{data.image_size}x{data.image_size}"
+        + (f", latents from {data.latents}" if source is not data.train else ""),
+        **(describe_autoencoder(module, cost) if trains_autoencoder(cfg) else _describe_denoiser(module, cost)),
         "batch": f"{effective} effective ({data.batch_size} x {accumulate} accumulated x {trainer.world_size} device)",
         "images": f"{effective * steps:,} to see in {steps:,} steps, {effective * steps / len(data.train):,.1f} epochs",
         "memory": f"{cost.state_bytes / 1e6:,.0f} MB weights, gradients, moments and averages, "
@@ -48,10 +55,20 @@ def announce(
     }
     if module.device.type == "cpu":
         rows["threads"] = _threads(torch.get_num_threads())
+    rows |= describe_start(module.network)
     if checkpoint is not None:
         rows["resuming"] = _resuming(checkpoint, steps)
     _print(rows)
     return {"parameters": cost.parameters, "flops": cost.flops, "effective_batch": effective}
+
+
+def _describe_denoiser(module: DiffusionModule, cost: Cost) -> dict[str, str]:
+    return {
+        "network": f"{type(module.network).__name__}, {cost.parameters:,} parameters, "
+        f"{cost.flops / 1e6:,.1f} MFLOPs a sample (2 a multiply-add)",
+        "diffusion": f"{type(module.schedule).__name__} schedule, {module.objective.parameterization.name} output, "
+        f"{type(module.sampler).__name__} sampler with {module.sampler.steps} steps",
+    }
 
 
 def conclude(run: Any, figures: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli.guides import equip
+from ornstein.cli.start import build_network
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): _jsonable(value) for key, value in resolved.items() if key != "hydra"}
 
 
-def build_module(cfg: DictConfig, *, training: bool = True) -> DiffusionModule:
-    """The LightningModule; without optimizer when it is only to sample. Weights start from ``seed`` alone."""
+def build_module(cfg: DictConfig, *, training: bool = True, fresh: bool = False) -> DiffusionModule:
+    """The LightningModule; without optimizer when it is only to sample.
+
+    Weights start from ``seed`` alone, and with ``fresh``, where training begins, from what ``init.from`` names.
+    """
     import torch
 
     from ornstein.diffusion.noise import derive_seed
@@ -36,7 +40,7 @@ def build_module(cfg: DictConfig, *, training: bool = True) -> DiffusionModule:
 
     torch.manual_seed(derive_seed(int(cfg.seed), "init"))
     module = DiffusionModule(
-        instantiate(cfg.model.network),
+        build_network(cfg, fresh=fresh),
         schedule=instantiate(cfg.scheduler),
         objective=instantiate(cfg.objective),
         codec=instantiate(cfg.codec),
@@ -66,6 +70,10 @@ def build_callbacks(cfg: DictConfig) -> list[pl.Callback]:
     """EMA first, so that whoever follows sees the new averages; then the callbacks in the config's order."""
     nodes = [cfg.ema, *(cfg.callbacks or {}).values()]
     built = [instantiate(node) for node in nodes if node and "_target_" in node]
+    if cfg.get("adapter"):
+        from ornstein.training.adapters import AdapterFiles
+
+        built.append(AdapterFiles(cfg.paths.run_dir))
     # A partial is a callback that makes its metrics when it first needs them: importing them takes seconds.
     factory = partial(build_metrics, cfg.metrics)
     return [each(metrics=factory) if isinstance(each, partial) else each for each in built]
@@ -82,7 +90,8 @@ def build_metrics(cfg: DictConfig) -> GenerativeMetrics | None:
     from ornstein.metrics import GenerativeMetrics
 
     try:
-        built = {key: instantiate(cfg[key]) for key in ("features", "clip") if cfg.get(key) is not None}
+        # A CLIP may be named by a text alone, which the metrics then load.
+        built = {key: instantiate(cfg[key]) for key in ("features", "clip") if OmegaConf.is_config(cfg.get(key))}
     except InstantiationException as error:
         # Whoever can do without figures looks for WeightsMissing, which Hydra wraps.
         if isinstance(error.__cause__, OrnsteinError):

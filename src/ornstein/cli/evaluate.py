@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from ornstein.cli.autoencoder import evaluate_autoencoder, trains_autoencoder, typed_words
 from ornstein.cli.launch import fail, launch
 from ornstein.errors import OrnsteinError
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from ornstein.metrics.report import MetricReport
     from ornstein.training.likelihood import HeldOutLikelihood, Method
     from ornstein.training.module import DiffusionModule
+
+
+GIVEN = ("labels", "prompts", "images")
 
 
 def main() -> None:
@@ -44,6 +48,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         weights=cfg.weights,
         trust_targets=list(cfg.trust_targets),
     )
+    if trains_autoencoder(cfg):
+        return evaluate_autoencoder(module, cfg, words=typed_words())
     request(module, cfg)
     likelihood_method(module, cfg)
     run = RunDirectory(cfg.paths.run_dir)
@@ -177,14 +183,13 @@ def score(
         _, neighbours = nearest_neighbours(extract(metrics.features, shown)[0], bank, k=5)
         real = data.train.batch(list(range(len(data.train))))["image"]
         neighbour_grid(shown, real, neighbours=neighbours, path=pictures / "nearest_training_images.png")
-    protocol = "balanced" if module.conditioner.num_classes else "none"
     if bits is not None:
         values |= bits.values
         if keep is not None:
             keep("likelihood.json", bits.to_dict())
     report = metrics.report(
         values,
-        label_protocol=protocol if options["labels"] is None else "given",
+        label_protocol=scoring.label_protocol(module, given=any(options[key] is not None for key in GIVEN)),
         sampling=scoring.sampling_facts(
             module,
             sampler=options["sampler"],

@@ -33,7 +33,9 @@ def conf_dir() -> Path:
 
 
 def register_resolvers() -> None:
-    """``${div:a,b}``: integer division that refuses a remainder, for sizes; ``${mul:a,b}``: a product, for channels."""
+    """``${div:a,b}``: integer division that refuses a remainder, for sizes; ``${mul:a,b}``: a product, for channels;
+    ``${image_channels:source,a,b}``: channels of a conditioning image.
+    """
 
     def div(a: int, b: int) -> int:
         if a % b:
@@ -41,7 +43,30 @@ def register_resolvers() -> None:
         return a // b
 
     OmegaConf.register_new_resolver("div", div, replace=True)
+    OmegaConf.register_new_resolver("codec_fact", _codec_fact, replace=True)
+    OmegaConf.register_new_resolver("pretrained_fact", _pretrained_fact, replace=True)
+
+    def channels(source: str, channels: int, condition_channels: int | None) -> int:
+        from ornstein.conditioning.image import image_channels
+
+        return image_channels(source, channels, condition_channels)
+
     OmegaConf.register_new_resolver("mul", operator.mul, replace=True)
+    OmegaConf.register_new_resolver("image_channels", channels, replace=True)
+
+
+def _codec_fact(kind: str, weights: str, name: str) -> Any:
+    """``${codec_fact:kl,WEIGHTS,channels}``: what an autoencoder's file says of itself."""
+    from ornstein.codecs.weights import codec_fact
+
+    return codec_fact(kind, weights, name)
+
+
+def _pretrained_fact(pretrained: str, name: str, subfolder: str | None = None, revision: str | None = None) -> int:
+    """``${pretrained_fact:NAME,channels,SUBFOLDER,REVISION}``: the same of an autoencoder in diffusers' format."""
+    from ornstein.codecs.pretrained import pretrained_fact
+
+    return pretrained_fact(pretrained, name, subfolder, revision)
 
 
 def take_argument(argv: list[str], key: str) -> str | None:

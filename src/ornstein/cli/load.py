@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from ornstein.cli.autoencoder import build_autoencoder, refuse_samples, trains_autoencoder
 from ornstein.cli.guides import check_guidance, equip
 from ornstein.cli.launch import as_ours, conf_dir, register_resolvers, store_run
+from ornstein.cli.prompts import conditions_of, held_out_of
 from ornstein.cli.stored import StoredRun, open_run
 from ornstein.cli.trust import check_targets
 from ornstein.cli.validate import check_sampler, check_scheduler_name
@@ -76,6 +78,9 @@ class Run:
         guidance: str = "run",
         scale: float | None = None,
         labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | str | None = None,
+        negative_prompt: str | None = None,
+        condition_images: str | Path | None = None,
         seed: int = 0,
         first_index: int = 0,
         batch_size: int = 256,
@@ -90,6 +95,10 @@ class Run:
             guidance: an option of the group.
             scale: of the guidance.
             labels: class numbers, repeated as needed; balanced unless given.
+            prompts: captions, repeated as needed, of a model that reads them; those of held-out data unless given.
+            negative_prompt: what guidance steers away from.
+            condition_images: a folder of images, repeated as needed, of a model that is conditioned on images; held-out
+                ones unless given.
             seed: sample i depends on (seed, i) alone.
             first_index: the number of the first sample.
             batch_size: samples at once.
@@ -100,16 +109,20 @@ class Run:
         """
         import torch
 
+        refuse_samples(self.config)
         if num_samples < 1:
             raise OrnsteinError(f"num_samples={num_samples} must be at least 1.")
         overrides = [f"run={_quoted(self.stored.checkpoint or self.stored.folder)}"]
         overrides += [f"sampler={sampler}", f"guidance={guidance}"]
         overrides += [f"sampler.steps={steps}"] if steps is not None else []
         overrides += [f"guidance.scale={scale}"] if scale is not None else []
+        overrides += [f"negative_prompt={_quoted(negative_prompt)}"] if negative_prompt is not None else []
+        overrides += [f"condition_images={_quoted(condition_images)}"] if condition_images is not None else []
         cfg = compose_for(self.stored, "sample", overrides)
+        asked = [prompts] if isinstance(prompts, str) else prompts
         batches = self.module.generate(
             range(first_index, first_index + num_samples),
-            **sampling_options(self.module, cfg, labels=labels, count=num_samples),
+            **sampling_options(self.module, cfg, labels=labels, count=num_samples, prompts=asked),
             seed=seed,
             batch_size=batch_size,
             watch=watch,
@@ -118,12 +131,16 @@ class Run:
 
     def evaluate(self, num_samples: int = 1000, **options: Any) -> dict[str, float]:
         """FID and the run's other figures on ``num_samples`` fresh samples; options as for :meth:`sample`."""
+        from ornstein.cli.autoencoder import score_autoencoder
         from ornstein.cli.evaluate import score
 
         overrides = [f"run={_quoted(self.stored.checkpoint or self.stored.folder)}", f"num_samples={num_samples}"]
         names = {"steps": "sampler.steps", "scale": "guidance.scale"}
         overrides += [f"{names.get(key, key)}={value}" for key, value in options.items()]
-        return dict(score(self.module, compose_for(self.stored, "evaluate", overrides)).values)
+        cfg = compose_for(self.stored, "evaluate", overrides)
+        if trains_autoencoder(cfg):
+            return dict(score_autoencoder(self.module, cfg)[0].values)
+        return dict(score(self.module, cfg).values)
 
 
 def compose_for(stored: StoredRun, task: str, overrides: list[str]) -> DictConfig:
@@ -168,11 +185,19 @@ def restore(
     check_scheduler_name(cfg)
     check_targets(cfg, trust_targets)
     path = stored.checkpoint_path(checkpoint)
-    state = AtomicCheckpointIO().load_checkpoint(path)
-    module = build_module(cfg, training=False)
+    state = _read_converted(path) if path == stored.converted else AtomicCheckpointIO().load_checkpoint(path)
+    module: Any
+    if trains_autoencoder(cfg):
+        module = build_autoencoder(cfg, training=False)
+    else:
+        module = build_module(cfg, training=False)
+        module.held_out = held_out_of(cfg)
     averages = state.get("callbacks", {}).get("EMA", {}) if weights == "ema" else {}
     try:
-        module.load_state_dict(state["state_dict"])
+        if path == stored.converted:
+            module.network.load_state_dict(state["network"])
+        else:
+            module.load_state_dict(state["state_dict"])
         if averages.get("network"):
             module.network.load_state_dict(averages["network"])
         if averages.get("schedule"):  # a learned one belongs to the weights that it was averaged with
@@ -184,13 +209,26 @@ def restore(
         ) from error
     module.images_seen = int(state["ornstein"]["images_seen"])
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return module.to(target).eval().requires_grad_(False)
+    restored: DiffusionModule = module.to(target).eval().requires_grad_(False)
+    return restored
+
+
+def _read_converted(path: Path) -> dict[str, Any]:
+    """What ``ornstein convert`` wrote, as a checkpoint of a run that has seen no images."""
+    from ornstein.networks.layouts.reading import read_foreign
+
+    return {"network": read_foreign(path).state, "ornstein": {"images_seen": 0}}
 
 
 def sampling_options(
-    module: DiffusionModule, cfg: DictConfig, *, labels: Sequence[int] | None, count: int
+    module: DiffusionModule,
+    cfg: DictConfig,
+    *,
+    labels: Sequence[int] | None,
+    count: int,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Sampler, guidance and labels of a composed config, as ``DiffusionModule.generate`` takes them.
+    """Sampler, guidance and conditions of a composed config, as ``DiffusionModule.generate`` takes them.
 
     Raises:
         OrnsteinError: an option that this run cannot honour.
@@ -201,7 +239,12 @@ def sampling_options(
     check_guidance(guidance, sampler, cfg)
     check_sampler(sampler, module.schedule, module.objective)
     guidance = equip(guidance, module, cfg, trust_targets=list(cfg.get("trust_targets") or ()))
-    return {"sampler": sampler, "guidance": guidance, "labels": check_labels(labels, module, count)}
+    if cfg.get("negative_prompt") is not None and not guidance.needs_null:
+        raise OrnsteinError(
+            "negative_prompt is what guidance steers away from, and this guidance has no such branch: add guidance=cfg."
+        )
+    given = conditions_of(module, cfg, labels=labels, count=count, prompts=prompts)
+    return {"sampler": sampler, "guidance": guidance, **given}
 
 
 def check_labels(labels: Sequence[int] | None, module: DiffusionModule, count: int) -> list[int] | None:
@@ -214,7 +257,8 @@ def check_labels(labels: Sequence[int] | None, module: DiffusionModule, count: i
         return None
     classes = module.conditioner.num_classes
     if classes is None:
-        raise OrnsteinError("labels were given and this model is unconditional: leave them out.")
+        other = "has no classes" if module.conditioner.needs else "is unconditional"
+        raise OrnsteinError(f"labels were given and this model {other}: leave them out.")
     if not labels or any(not 0 <= int(label) < classes for label in labels):
         raise OrnsteinError(f"labels={list(labels)}: each must be a class number from 0 to {classes - 1}.")
     return [int(labels[i % len(labels)]) for i in range(count)]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ornstein.cli.launch import peek_argument, remove_untouched, take_argument
+from ornstein.cli.start import build_network
 from ornstein.cli.stored import open_run
 from ornstein.cli.trust import TRAINED, check_targets
 from ornstein.errors import OrnsteinError
@@ -30,6 +30,9 @@ OPEN_KEYS = (
     "dynamic_threshold",
     "data.root",
     "data.download",
+    "data.latents",
+    "conditioner.cache",
+    "conditioner.encoder",
     "data.num_workers",
     "data.eval_batch_size",
     "model.compile",
@@ -177,7 +180,7 @@ def check_checkpoint(cfg: DictConfig, run: RunDirectory) -> None:
     from ornstein.experiment import AtomicCheckpointIO
 
     with torch.device("meta"):
-        network = instantiate(cfg.model.network)
+        network = build_network(cfg)
     expected = {f"network.{name}": value.shape for name, value in network.state_dict().items()}
     weights = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
     if expected != {name: value.shape for name, value in weights.items() if name.startswith("network.")}:

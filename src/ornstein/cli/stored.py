@@ -25,8 +25,14 @@ class StoredRun:
     config: dict[str, Any]
     checkpoint: Path | None
 
+    @property
+    def converted(self) -> Path | None:
+        """The weights of a folder that ``ornstein convert`` wrote, which has no checkpoints; None in a run."""
+        weights = self.folder / "network.safetensors"
+        return weights if weights.is_file() and not (self.folder / "checkpoints").is_dir() else None
+
     def checkpoint_path(self, which: str = "last") -> Path:
-        """``checkpoints/last.ckpt``, or the newest best one.
+        """``checkpoints/last.ckpt``, or the newest best one; the only weights that a converted folder has.
 
         Raises:
             OrnsteinError: the run has no such checkpoint, or ``which`` is neither last nor best.
@@ -35,6 +41,8 @@ class StoredRun:
             return self.checkpoint
         if which not in ("last", "best"):
             raise OrnsteinError(f"checkpoint={which} is unknown: choose last or best.")
+        if self.converted is not None:
+            return self.converted
         found = sorted((self.folder / "checkpoints").glob(f"{which}*.ckpt"), key=lambda p: p.stat().st_mtime)
         if not found:
             raise OrnsteinError(f"{self.folder} has no {which} checkpoint: let it train longer, or name another run.")

@@ -39,6 +39,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     validate(cfg)
 
     from ornstein.cli.build import build_callbacks, build_data, build_trainer, matmul_precision
+    from ornstein.cli.latents import open_latents
     from ornstein.cli.quiet import quiet_libraries
     from ornstein.cli.resume import check_checkpoint, open_run_directory
     from ornstein.experiment import Summary, set_determinism
@@ -49,6 +50,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trainer = build_trainer(cfg, callbacks=build_callbacks(cfg))
     data = build_data(cfg)
     data.setup()
+    open_latents(cfg, data)
     with run.lock():
         check_checkpoint(cfg, run)
         with Summary(run) as summary, matmul_precision(cfg.model.get("matmul_precision")):
@@ -57,6 +59,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def _fit(cfg: DictConfig, data: Any, trainer: Any, run: RunDirectory, summary: Summary) -> dict[str, float]:
     from ornstein.cli.announce import announce, conclude, interrupted
+    from ornstein.cli.autoencoder import build_autoencoder, measure_codec, trains_autoencoder
     from ornstein.cli.build import build_loggers, build_module, plain
     from ornstein.cli.resume import remember
     from ornstein.experiment import close_loggers, describe_environment
@@ -64,7 +67,11 @@ def _fit(cfg: DictConfig, data: Any, trainer: Any, run: RunDirectory, summary: S
     run.write_config(plain(cfg))
     remember(cfg, run)
     run.write_json("environment.json", describe_environment(seed=int(cfg.seed)))
-    module = build_module(cfg)
+    fresh = run.last_checkpoint() is None
+    module: Any = build_autoencoder(cfg, fresh=fresh) if trains_autoencoder(cfg) else build_module(cfg, fresh=fresh)
+    # Latents that are read bring the scale that they were written with.
+    if fresh and not trains_autoencoder(cfg) and cfg.data.get("latents") is None:
+        measure_codec(module, data, trainer.strategy.root_device)
     loggers = trainer.loggers = build_loggers(cfg)
     try:
         checkpoint = run.last_checkpoint()

@@ -11,14 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 from ornstein.errors import OrnsteinError
 
 # Groups that sampling and scoring build; callbacks, loggers and the like stay words there.
-BUILT = ("data", "codec", "conditioner", "scheduler", "objective", "sampler", "guidance", "model", "metrics")
+BUILT = ("data", "codec", "conditioner", "scheduler", "objective", "sampler", "guidance", "model", "adapter", "metrics")
 _HOMES = (
     *(f"ornstein.{floor}." for floor in ("diffusion", "networks", "codecs", "conditioning", "data", "metrics")),
     "diffusers.schedulers.",
 )
-_FUNCTIONS = ("ornstein.codecs.load_kl", "ornstein.metrics.features_by_name")
+_FUNCTIONS = ("ornstein.codecs.load_kl", "ornstein.codecs.load_vq", "ornstein.metrics.features_by_name")
 # Groups that training builds beside those, with their homes; and functions of ours that make one.
 _AROUND = {
+    "adapter": ("ornstein.training.adapters.",),
     "optimizer": ("torch.optim.",),
     "lr_schedule": ("torch.optim.lr_scheduler.",),
     "ema": ("ornstein.training.ema.",),

@@ -12,7 +12,17 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ornstein.cli.autoencoder import (
+    check_autoencoder,
+    check_codec_fits,
+    check_own_callbacks,
+    check_pretrained_named,
+    trains_autoencoder,
+    typed_words,
+)
+from ornstein.cli.check_conditions import check_conditions, targets_of
 from ornstein.cli.guides import check_guidance
+from ornstein.cli.latents import check_latents
 from ornstein.errors import OrnsteinError
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")
@@ -27,23 +37,37 @@ def validate(cfg: DictConfig) -> None:
     choices = _choices()
     check_root(cfg, choices)
     fill_facts(cfg)
-    check_conditioning(cfg, choices)
-    check_codec(cfg, choices)
+    # What needs no torch comes first: its sentence comes at once.
     _check_callbacks(cfg)
     _check_loggers(cfg)
     _check_precision(cfg)
+    if trains_autoencoder(cfg):
+        check_autoencoder(cfg, choices, typed_words())
+        _check_training(cfg, choices)
+        return
+    check_pretrained_named(cfg, choices)
+    check_conditioning(cfg, choices)
+    check_conditions(cfg, choices)
+    check_codec(cfg, choices)
+    check_own_callbacks(cfg)
     schedule, objective = instantiate(cfg.scheduler), instantiate(cfg.objective)
     _check_objective(objective, schedule, cfg, choices)
+    _check_noise_embedding(cfg, schedule, objective, choices)
     check_scheduler_name(cfg)
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
     check_guidance(guidance, sampler, cfg)
     check_sampler(sampler, schedule, objective)
     instantiate(cfg.conditioner)
-    instantiate(cfg.codec)
+    check_latents(cfg, instantiate(cfg.codec))
+    _check_x0_limits(cfg, schedule, objective)
+    _check_training(cfg, choices)
+
+
+def _check_training(cfg: DictConfig, choices: dict[str, str]) -> None:
+    """What is the same whatever is trained."""
     _build_network(cfg)
     if not isinstance(cfg.trainer.max_steps, int) or cfg.trainer.max_steps < 1:
         raise OrnsteinError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1: it is what ends training.")
-    _check_x0_limits(cfg, schedule, objective)
     _build_optimizer(cfg, choices)
     _check_metrics(cfg)
 
@@ -68,7 +92,7 @@ def fill_facts(cfg: DictConfig) -> None:
 
 def check_conditioning(cfg: DictConfig, choices: dict[str, str]) -> None:
     """A class-conditional model needs labelled data."""
-    wants_labels = OmegaConf.select(cfg, "conditioner._target_", default="").endswith("ClassLabel")
+    wants_labels = "ClassLabel" in targets_of(cfg.conditioner)
     model, data = choices.get("model", "this model"), choices.get("data", "this data")
     if wants_labels and cfg.data.num_classes is None:
         raise OrnsteinError(
@@ -95,21 +119,17 @@ def check_codec(cfg: DictConfig, choices: dict[str, str]) -> None:
                     f"codec={choices.get('codec', 'identity')} diffuses the images as they are, so leave codec.{own} "
                     f"out and set data.{of_data} instead."
                 )
-    fits = cfg.codec.get("fits")
-    name = choices.get("data") or cfg.data.get("name")
-    if fits is not None and name is not None and name not in fits:
-        raise OrnsteinError(
-            f"codec={choices.get('codec', 'kl')} holds weights for {', '.join(fits)}, not {name}: train one with "
-            f"python -m ornstein.training.train_autoencoder --data {name} --out FILE and pass codec.weights=FILE "
-            f"codec.fits=[{name}], or choose a pixel model such as model=class_unet."
-        )
+    check_codec_fits(cfg, choices)
 
 
 def _build_network(cfg: DictConfig) -> None:
     import torch
 
+    from ornstein.cli.start import check_start
+
     with torch.device("meta"):
-        instantiate(cfg.model.network)
+        network = instantiate(cfg.model.network)
+        check_start(cfg, network, goes_on=cfg.get("resume") not in (None, "auto"))
 
 
 def _check_objective(objective: Any, schedule: Any, cfg: DictConfig, choices: dict[str, str]) -> None:
@@ -130,6 +150,19 @@ def _check_objective(objective: Any, schedule: Any, cfg: DictConfig, choices: di
         raise OrnsteinError(
             f"objective={choices.get('objective', 'vlb')} ends in the likelihood of 8-bit pixels and "
             f"codec={choices.get('codec', 'kl')} diffuses latents: set objective.last=gaussian, or take a pixel model."
+        )
+
+
+def _check_noise_embedding(cfg: DictConfig, schedule: Any, objective: Any, choices: dict[str, str]) -> None:
+    """Random Fourier features tell conditions of order one apart; of those up to 1000 they make noise."""
+    inner = cfg.model.network.get("network")
+    network = inner if OmegaConf.is_config(inner) else cfg.model.network
+    kind = network.get("noise_embedding")
+    if kind in ("fourier", "ncsnpp") and float(objective.parameterization.noise_cond(schedule.level(1.0))) > 100:
+        raise OrnsteinError(
+            f"model.network{'.network' if network is inner else ''}.noise_embedding={kind} is for noise conditions of "
+            f"order one, and objective={choices.get('objective', objective.parameterization.name)} conditions on 1000 "
+            "times the time: choose objective=edm, or noise_embedding=sinusoidal."
         )
 
 

@@ -1,7 +1,10 @@
 """The codec contract, and the codec that changes nothing."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +39,29 @@ class Codec(nn.Module, ABC):
     def decode(self, z: Tensor) -> Tensor:
         """Latents z (B, channels, \\*size) -> images (B, C, H, W), about in ``decode_range``."""
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides beside the weights what is encoded and decoded, as plain JSON types."""
+        return {}
+
+    def encoding(self) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+        """What decides an image's latent up to scale, shift and draws: plain JSON types, and every weight."""
+        weights = {name: value for name, value in self.state_dict().items() if name not in ("scale", "shift")}
+        return self.config, weights
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (64 hex digits) over the class's name and ``encoding``.
+
+        Scale and shift (buffers, to be compared as they are) and ``stochastic`` are no part of it.
+        """
+        config, weights = self.encoding()
+        digest = hashlib.sha256(json.dumps([type(self).__name__, config], sort_keys=True).encode())
+        for name, value in sorted(weights.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
 
 class Identity(Codec):
     """Diffuse the data themselves: z = x.
@@ -67,6 +93,11 @@ class Identity(Codec):
         """The samples themselves."""
         check_shape(z, self.channels, self.size, what="the samples")
         return z
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its constructor's arguments."""
+        return {"channels": self.channels, "size": self.size, "sigma_data": self.sigma_data}
 
     def extra_repr(self) -> str:
         """Shown when the module is printed."""

@@ -22,6 +22,8 @@ _WITHOUT_EFFECT = {
     "resume",
     "run_dir",
     "tags",
+    "conditioner.cache",
+    "conditioner.download",
     "callbacks.progress",
     "callbacks.progress_bar",
     "callbacks.rich_progress_bar",

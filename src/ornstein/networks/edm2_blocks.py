@@ -37,7 +37,8 @@ def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     Source: Karras et al. 2024 (arXiv 2312.02696), magnitude-preserving sum.
     """
     scale = ((1 - t) ** 2 + t**2) ** -0.5
-    return torch.add(a * ((1 - t) * scale), b, alpha=t * scale)
+    # Not `add`: where b is a matrix product, inductor joins the two to one `addmm` and drops alpha (torch 2.13).
+    return torch.sub(a * ((1 - t) * scale), b, alpha=-t * scale)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -66,6 +66,16 @@ LIMITS: Mapping[str, tuple[str, Mapping[str, Rule]]] = {
         "callbacks.evaluation",
         {"every": _EVERY_OR_NEVER, "num_samples": _or_null(_whole(0)), "batch_size": _whole(1)},
     ),
+    "LossTerms": ("callbacks.terms", {"every": _EVERY_OR_NEVER}),
+    "ReconstructionGrid": ("callbacks.reconstruction_grid", {"every": _EVERY_OR_NEVER, "num_images": _whole(1)}),
+    "ReconstructionEvaluation": (
+        "callbacks.evaluation",
+        {"every": _EVERY_OR_NEVER, "num_samples": _or_null(_whole(0)), "batch_size": _whole(1)},
+    ),
+    "CodecFile": (
+        "callbacks.codec_file",
+        {"dtype": _choice("float32", "float16"), "max_images": _whole(1), "batch_size": _whole(1)},
+    ),
     "Checkpoint": (
         "callbacks.checkpoint",
         {

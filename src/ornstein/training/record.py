@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 import torch
 
-from ornstein.training.module import DiffusionModule
+from ornstein.training.base import TrainingModule
 
 
 def record(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     """Logs scalars at the current optimizer step, beside ``images_seen``; checkpoints can monitor them by name."""
     module = trainer.lightning_module
     row = dict(values)
-    if isinstance(module, DiffusionModule):
+    if isinstance(module, TrainingModule):
         row["images_seen"] = float(module.images_seen)
     for logger in trainer.loggers:
         logger.log_metrics(row, step=trainer.global_step)

@@ -94,7 +94,7 @@ def read_option(group: str, name: str) -> Option:
             node, choices = _merged(base.node, node), {choice.typed: choice for choice in base.choices} | choices
     remarks = _remarks(text)
     parts = tuple(_parts("", node, remarks)) if node else ()  # an empty file switches something off
-    return Option(group, name, _comment(text), node, tuple(choices.values()), parts)
+    return Option(group, name, comment_of(text), node, tuple(choices.values()), parts)
 
 
 def _choice(group: str, key: str, value: str) -> Choice:
@@ -113,7 +113,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _comment(text: str) -> str:
+def comment_of(text: str) -> str:
     """The comment that the file begins with, as one line."""
     lines = [line for line in text.splitlines() if not line.startswith("# @package")]
     heads = [line.removeprefix("#").strip() for line in lines[: next(_not_comments(lines), len(lines))]]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
 
 from ornstein.cli.launch import conf_dir, register_resolvers
-from ornstein.cli.options.files import Option, options
+from ornstein.cli.options.files import Option, comment_of, options
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ FACTS = {
     "edm2_tiny": SMALL,
     "edm2": Facts(4, 64, 1000),
     "edm_adm": Facts(3, 64, 1000),
+    "lucidrains": Facts(3, 32, None),
     "lightningdit": Facts(32, 16, 1000),
     "pixart": Facts(4, 32, None, outputs=2, text=4096),
     "text_unet": Facts(1, 8, None, text=384),
@@ -70,7 +72,7 @@ def networks_page() -> str:
         "## Models: `model=`",
         _table(
             ("model", "what it is", "network", "conditioner", "codec"),
-            [_model(option) for option in options("model")],
+            [_model(path) for path in sorted((conf_dir() / "model").glob("*.yaml"))],
         ),
         "## Presets: `model/network=`",
         "Parameters and multiply-adds (MACs) of one forward pass at the size that stands beside them. Papers on "
@@ -89,15 +91,16 @@ def facts_of(name: str) -> Facts:
     return next(facts for start, facts in FACTS.items() if name.startswith(start))
 
 
-def _model(option: Option) -> tuple[str, ...]:
-    raw = yaml.safe_load((conf_dir() / "model" / f"{option.name}.yaml").read_text(encoding="utf-8"))
+def _model(path: Path) -> tuple[str, ...]:
+    text = path.read_text(encoding="utf-8")
+    raw = yaml.safe_load(text)
     chosen: dict[str, str] = {}
     for entry in raw.get("defaults", []):
         if isinstance(entry, dict):
             for key, value in entry.items():
                 chosen[key.removeprefix("override ").removeprefix("/").partition("@")[0].rpartition("/")[2]] = value
     parts = (chosen.get(group) for group in ("network", "conditioner", "codec"))
-    return (f"`{option.name}`", option.comment, *(f"`{part}`" if part else "" for part in parts))
+    return (f"`{path.stem}`", comment_of(text), *(f"`{part}`" if part else "" for part in parts))
 
 
 def _count(option: Option) -> tuple[str, str, str]:

@@ -6,6 +6,12 @@ from ornstein.training.callbacks.log import TrainingLog
 from ornstein.training.callbacks.nonfinite import NonFiniteGuard
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import ProgressBar, progress_task
+from ornstein.training.callbacks.reconstruction import (
+    CodecFile,
+    LossTerms,
+    ReconstructionEvaluation,
+    ReconstructionGrid,
+)
 from ornstein.training.callbacks.sample_grid import SampleGrid
 from ornstein.training.callbacks.schedule_plot import SchedulePlot
 from ornstein.training.callbacks.throughput import Lap, Throughput
@@ -14,11 +20,15 @@ from ornstein.training.callbacks.validation import Validation
 
 __all__ = [
     "Checkpoint",
+    "CodecFile",
     "GenerativeEvaluation",
     "Lap",
+    "LossTerms",
     "NonFiniteGuard",
     "Periodic",
     "ProgressBar",
+    "ReconstructionEvaluation",
+    "ReconstructionGrid",
     "SampleGrid",
     "SchedulePlot",
     "Throughput",

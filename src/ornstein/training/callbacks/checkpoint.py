@@ -13,11 +13,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from ornstein.training.base import TrainingModule
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.callbacks.nonfinite import NonFiniteGuard
 from ornstein.training.callbacks.progress import progress_task
 from ornstein.training.limits import check_limits
-from ornstein.training.module import DiffusionModule
 from ornstein.training.record import due
 
 
@@ -80,7 +80,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes up the count where a checkpoint left it, and Ctrl-C into its own hands."""
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, TrainingModule)
         self._seen = self._saved = trainer.global_step
         self._images = pl_module.images_seen
         self._interrupted = False
@@ -120,7 +120,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
             raise KeyboardInterrupt
 
     def _images_due(self, module: pl.LightningModule) -> bool:
-        assert isinstance(module, DiffusionModule)
+        assert isinstance(module, TrainingModule)
         before, self._images = self._images, module.images_seen
         return self.every_images is not None and self._images // self.every_images > before // self.every_images
 

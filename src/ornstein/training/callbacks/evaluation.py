@@ -165,7 +165,7 @@ class GenerativeEvaluation(Periodic):
         )
         return metrics.report(
             values,
-            label_protocol="none" if module.conditioner.num_classes is None else "balanced",
+            label_protocol=scoring.label_protocol(module),
             sampling={"step": trainer.global_step} | facts,
             floor=self._floor.to_dict(),
             memorisation=nearness,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ornstein.errors import OrnsteinError
+from ornstein.training.base import TrainingModule
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.limits import check_limits
-from ornstein.training.module import DiffusionModule
 from ornstein.training.record import due
 
 _NAMED = 10  # images of the bad batch that the message names
@@ -48,7 +48,7 @@ class NonFiniteGuard(pl.Callback):
     @torch.no_grad()
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Notes the first bad loss; on one CPU stops at it."""
-        assert isinstance(pl_module, DiffusionModule) and pl_module.last_output is not None
+        assert isinstance(pl_module, TrainingModule) and pl_module.last_output is not None
         # Not the argument, which mixed precision has scaled.
         value = pl_module.last_output.loss.detach()
         step = trainer.global_step + 1

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from ornstein.errors import OrnsteinError
-from ornstein.training.module import DiffusionModule
+from ornstein.training.base import TrainingModule
 from ornstein.training.record import due
 
 
@@ -36,8 +36,8 @@ class Periodic(pl.Callback):
         self._seen = self._acted = -1
 
     @abstractmethod
-    def act(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
-        """Does it, at ``trainer.global_step``; on every rank."""
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        """Does it with a ``TrainingModule``, at ``trainer.global_step``; on every rank."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes up the count where a checkpoint left it."""
@@ -62,5 +62,5 @@ class Periodic(pl.Callback):
     def _act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._acted != trainer.global_step:
             self._acted = trainer.global_step
-            assert isinstance(pl_module, DiffusionModule)
+            assert isinstance(pl_module, TrainingModule)
             self.act(trainer, pl_module)

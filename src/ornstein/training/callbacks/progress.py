@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 
+from ornstein.training.base import TrainingModule
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.callbacks.stopwatch import Stopwatch
 from ornstein.training.callbacks.throughput import Throughput
-from ornstein.training.module import DiffusionModule
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +64,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
         """Opens the bar."""
         if not self._enabled:
             return
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, TrainingModule)
         self._clock, self._began = Stopwatch(), time.perf_counter()
         self._recent.clear()
         self._recent.append((0.0, trainer.global_step, pl_module.images_seen))
@@ -96,7 +96,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
         """Refreshes at most four times a second."""
         if not self._enabled or (time.perf_counter() < self._next and trainer.global_step != trainer.max_steps):
             return
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, TrainingModule)
         self._measure(trainer, pl_module)
         step, total = trainer.global_step, trainer.max_steps
         if self._progress is not None and self._main is not None:
@@ -108,7 +108,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
             self.print(f"step {step}/{total}{share}  {self._info(trainer)}")
             self._next = self._next_line()
 
-    def _measure(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
+    def _measure(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         self._recent.append((self._clock.seconds(), trainer.global_step, module.images_seen))
         if module.last_output is not None:
             self._losses.append(float(module.last_output.per_sample.mean()))

@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from ornstein.training.base import TrainingModule
 from ornstein.training.callbacks.stopwatch import Stopwatch
-from ornstein.training.module import DiffusionModule
 
 _WINDOW_SECONDS = 0.5
 
@@ -73,7 +73,7 @@ class Throughput(pl.Callback):
             self._rates.append((self._images - self._window[1]) / (now - self._window[0]))
             self._window = (now, self._images)
 
-    def lap(self, module: DiffusionModule) -> Lap:
+    def lap(self, module: TrainingModule) -> Lap:
         """Speed since the last call."""
         before, now = self._lap, (self._clock.seconds(), module.images_seen, self._wait)
         self._lap = now
@@ -119,5 +119,5 @@ class Throughput(pl.Callback):
 
 
 def _images_seen(module: pl.LightningModule) -> int:
-    assert isinstance(module, DiffusionModule)
+    assert isinstance(module, TrainingModule)
     return module.images_seen
