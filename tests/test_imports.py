@@ -40,7 +40,10 @@ ONLY_IN: dict[str, set[str]] = {
     "torchmetrics": {"metrics", "training", "experiment", "cli"},
 }
 # Libraries that cost seconds: imported where they are used, never with the module.
-HEAVY = {"wandb", "diffusers", "transformers", "peft", "torchvision", "torch_fidelity", "matplotlib", "sklearn", "pandas"}
+HEAVY = {
+    *("wandb", "diffusers", "transformers", "peft", "torchvision", "torch_fidelity", "matplotlib", "sklearn"),
+    "pandas",
+}
 
 
 @dataclass(frozen=True)

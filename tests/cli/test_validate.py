@@ -298,6 +298,7 @@ NEEDS = {
     ("guidance", "autoguidance"): ["guidance.scale=1"],
     ("guidance", "colour"): ["data=emoji"],
     ("guidance", "energy"): ["data=emoji", "+guidance.loss._target_=ornstein.diffusion.guidance.Colour"],
+    ("model/network", "edm2"): ["objective=edm"],
     ("model/network", "edm2_l"): ["objective=edm"],
     ("model/network", "edm2_m"): ["objective=edm"],
     ("model/network", "edm2_s"): ["objective=edm"],

@@ -8,12 +8,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from ornstein.cli.launch import register_resolvers
+from ornstein.cli.options.files import read_option
 from ornstein.networks import count_parameters
 
 CONF = Path(__file__).parents[2] / "conf" / "model" / "network"
 
 # name -> million parameters, measured at 3 channels, 32 pixels, 10 classes; those of papers are judged elsewhere
 PRESETS = {
+    "adm": 552.82,
     "adm_128": 420.51,
     "adm_256": 552.82,
     "adm_512": 557.98,
@@ -35,6 +37,7 @@ PRESETS = {
     "dit_xl_2": 673.67,
     "dit_xl_4": 673.75,
     "dit_xl_8": 674.08,
+    "edm2": 279.45,
     "edm2_l": 776.22,
     "edm2_m": 496.79,
     "edm2_s": 279.45,
@@ -63,7 +66,7 @@ def build(name: str, *, channels: int, size: int, classes: int | None, outputs: 
     config = {
         "codec": {"channels": channels, "size": size},
         "conditioner": {"num_classes": classes},
-        "network": OmegaConf.load(CONF / f"{name}.yaml"),
+        "network": dict(read_option("model/network", name).node),
         "objective": {"parameterization": parameterization},
     }
     with torch.device("meta"):

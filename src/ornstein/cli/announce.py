@@ -63,8 +63,12 @@ def announce(
 
 
 def _describe_denoiser(module: DiffusionModule, cost: Cost) -> dict[str, str]:
+    from ornstein.networks import Experts
+
+    network = module.network
+    active = f", {network.active_parameters():,} active" if isinstance(network, Experts) else ""
     return {
-        "network": f"{type(module.network).__name__}, {cost.parameters:,} parameters, "
+        "network": f"{type(network).__name__}, {cost.parameters:,} parameters{active}, "
         f"{cost.flops / 1e6:,.1f} MFLOPs a sample (2 a multiply-add)",
         "diffusion": f"{type(module.schedule).__name__} schedule, {module.objective.parameterization.name} output, "
         f"{type(module.sampler).__name__} sampler with {module.sampler.steps} steps",

@@ -183,6 +183,7 @@ def build_autoencoder(cfg: DictConfig, *, training: bool = True, fresh: bool = F
 
     from ornstein.cli.build import plain
     from ornstein.cli.start import build_network
+    from ornstein.codecs import Autoencoder
     from ornstein.diffusion.noise import derive_seed
     from ornstein.training.autoencoder import AutoencoderModule
 
@@ -193,8 +194,10 @@ def build_autoencoder(cfg: DictConfig, *, training: bool = True, fresh: bool = F
 
         perceptual = Perceptual(loss.perceptual, weights=loss.perceptual_weights)
     torch.manual_seed(derive_seed(int(cfg.seed), "init"))
+    network = build_network(cfg, fresh=fresh)
+    assert isinstance(network, Autoencoder)
     return AutoencoderModule(
-        build_network(cfg, fresh=fresh),
+        network,
         loss=loss,
         discriminator=instantiate(cfg.model.discriminator) if loss.adversarial is not None else None,
         perceptual=perceptual,

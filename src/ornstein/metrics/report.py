@@ -32,7 +32,8 @@ class MetricReport:
         reference: the real images compared with: count, data fingerprint, split, image size.
         extractor: name of the feature space.
         fingerprint: of its weights and image preparation; figures of two fingerprints do not compare.
-        label_protocol: how labels were asked for: ``balanced``, ``held_out`` (the conditions of held-out data, in order), ``none``, ...
+        label_protocol: how labels were asked for: ``balanced``, ``held_out`` (the conditions of held-out data, in
+            order), ``none``, ...
         settings: of the metrics themselves: number of features, KID subsets, splits of the Inception Score, seed.
         sampling: what made the images, as the caller knows it: sampler, steps, NFE, guidance, EMA, seed.
         floor: real against real (:class:`RealFloor` as a dict), or None if not measured.

@@ -221,6 +221,7 @@ class CrossAttention2d(nn.Module):
         q = self.q(self.norm(x)).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, self.head_dim)
         kv = self.kv(context.tokens).reshape(batch, -1, 2 * self.heads, self.head_dim).transpose(1, 2)
         mask = None if context.mask is None else context.mask[:, None, None, :]
-        y = attend(q.transpose(1, 2), *kv.chunk(2, dim=1), mask)
+        k, v = kv.chunk(2, dim=1)
+        y = attend(q.transpose(1, 2), k, v, mask)
         y = y.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
         return residual_sum(x, self.out(y), scale=self.skip_scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ class StepOutput(Protocol):
     def per_sample(self) -> Tensor: ...
 
 
-class TrainingModule(pl.LightningModule):
+class TrainingModule(pl.LightningModule, ABC):
     """A network that is trained, and what the callbacks need of whoever trains it.
 
     Args:
@@ -67,6 +68,14 @@ class TrainingModule(pl.LightningModule):
         self._generators: dict[torch.device, torch.Generator] = {}
         # Kept out of the module's registry: averages are neither trained nor saved as the model's own weights.
         self.__dict__["averaged_network"] = None
+
+    @abstractmethod
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of one micro-batch; see the BATCH contract in ``ornstein.data``."""
+
+    @abstractmethod
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of the evaluation network on a held-out batch, at the same noise every time."""
 
     def evaluation_network(self) -> nn.Module:
         """The averaged weights where an EMA callback keeps them, else the network itself."""

@@ -39,6 +39,7 @@ FACTS = {
     "adm_256": Facts(3, 256, 1000, outputs=2),
     "adm_128": Facts(3, 128, 1000, outputs=2),
     "adm_64": Facts(3, 64, 1000, outputs=2),
+    "adm": Facts(3, 256, 1000, outputs=2),
     "annotated": Facts(1, 28, None),
     "ddpmpp": Facts(3, 32, None),
     "ddpm": Facts(3, 32, None),
