@@ -54,7 +54,7 @@ def test_help_loads_neither_torch_nor_anything_else(tmp_path, script):
 # What is asked for, the words of the sentence, and which libraries its answer may cost.
 REFUSED = [
     ("train.py", "data.num_classes=null", "class-conditional model=pixel_unet", ()),
-    ("train.py", "model=latent_unet data=emoji", "codec=kl holds weights for digits, not emoji", ()),
+    ("train.py", "model=latent_unet data=emoji", "codec=kl holds weights for digits, not emoji", ("torch", "numpy")),
     ("train.py", "objective=eps scheduler=flow", "zero SNR", ("torch", "numpy")),
     ("train.py", "ema.decay=2", "ema.decay=2 [0, 1)", ()),
     ("train.py", "callbacks.log.every=0", "callbacks.log.every=0 at least 1", ()),

@@ -17,7 +17,10 @@ from ornstein.cli.trust import targets
 from ornstein.cli.validate import validate
 
 CONF = conf_dir()
-MODELS = ("pixel_unet", "class_unet", "dit", "latent_unet", "latent_dit", "text_unet", "text_dit")
+MODELS = (
+    *("pixel_unet", "class_unet", "dit", "latent_unet", "latent_dit", "text_unet", "text_dit", "experts"),
+    *("unet_diffusers", "unet_condition_diffusers"),
+)
 SCHEDULES = sorted(path.stem for path in (CONF / "scheduler").glob("*.yaml"))
 OBJECTIVES = sorted(path.stem for path in (CONF / "objective").glob("*.yaml"))
 # What is refused, and why: these predict what alpha = 0 leaves undetermined; only these are bounds, and may train a
@@ -298,6 +301,10 @@ NEEDS = {
     ("guidance", "autoguidance"): ["guidance.scale=1"],
     ("guidance", "colour"): ["data=emoji"],
     ("guidance", "energy"): ["data=emoji", "+guidance.loss._target_=ornstein.diffusion.guidance.Colour"],
+    ("model/network", "adm"): ["data.image_size=32"],
+    ("model/network", "adm_128"): ["data.image_size=16"],
+    ("model/network", "adm_256"): ["data.image_size=32"],
+    ("model/network", "adm_512"): ["data.image_size=64"],
     ("model/network", "edm2"): ["objective=edm"],
     ("model/network", "edm2_l"): ["objective=edm"],
     ("model/network", "edm2_m"): ["objective=edm"],

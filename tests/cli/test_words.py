@@ -27,6 +27,13 @@ REFUSED = [
     ("objective.weighting.gamma=5", "objective/weighting=simple no gamma it has no keys min_snr"),
     ("sampler.grid=karras", "sampler.grid=karras choose sampler/grid=karras."),
     ("objective.time=uniform", "objective.time=uniform choose objective/time=uniform."),
+    ("model.network.chanels=3", "model/network=tiny_unet no chanels in_channels, more (--cfg job)."),
+    (
+        "model=dit model.network.group_channels=8",
+        "model/network=dit_tiny no group_channels; (--cfg job). ddpm, ... have",
+    ),
+    ("conditioner.droput=0", "conditioner.droput=0: conditioner=class_label has no droput; num_classes, dropout."),
+    ("model=latent_dit codec.scale=1", "codec.scale=1: codec=kl has no scale; it has weights codec=diffusers has one."),
     ("sampler=diffusers sampler/grid=karras", "sampler/grid=karras diffusers bring their own sampler=ddim"),
 ]
 
@@ -48,6 +55,9 @@ def test_refused_in_one_sentence(overrides: str, words: str) -> None:
         "sampler=ddim,heun sampler.eta=1",
         "sampler=mine sampler.any=1",
         "sampler=diffusers sampler.scheduler.any=1",
+        "model=unet_diffusers model.network.any=1",
+        "model=latent_dit codec=diffusers codec.pretrained=somewhere",
+        "model/network=dit_tiny model.network.depth=2",
         "objective.weighting=null",
     ],
 )
@@ -121,7 +131,7 @@ def test_mistakes_of_a_constructor_are_ours() -> None:
 
 
 def test_mistakes_in_python_are_ours_too(stored) -> None:  # type: ignore[no-untyped-def]
-    run = Run(stored(), module=None, config=None)  # type: ignore[arg-type]
+    run = Run(stored(), module=None, config=OmegaConf.create())  # type: ignore[arg-type]
     with pytest.raises(OrnsteinError, match=r"^num_samples=0 must be at least 1\.$"):
         run.sample(0)
     for override, sentence in (("sampler.steps=2.5", "must be a whole number"), ("sampler.eta=2", "must lie in")):

@@ -195,16 +195,35 @@ def test_a_network_in_the_place_of_what_makes_one_is_refused():
         Experts(Marked())
 
 
+class Convolutions(nn.Module):
+    """A network whose kernels take a second to compile: what is judged is who gets which sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+        self.scale = nn.Linear(1, 4)
+
+    def forward(self, x: Tensor, noise_cond: Tensor) -> Tensor:
+        scale = self.scale(noise_cond[:, None] / 1000)[:, :, None, None]
+        return self.out((self.stem(x) * scale).sigmoid())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dispatch", ["gather", "dense"])
-def test_compiled_it_gives_the_same(dispatch):
-    eager = perturb(
-        Experts(partial(UNet, 1, base_channels=8, channel_mults=(1,), num_blocks=1, groups=4), dispatch=dispatch)
-    )
+@pytest.mark.parametrize(
+    ("make", "dispatch", "backend"),
+    [
+        (Convolutions, "gather", "inductor"),
+        (Convolutions, "dense", "inductor"),
+        # Traced with numbers of samples that differ, without kernels, which take minutes: test_unet.py makes them.
+        (SMALL, "gather", "aot_eager"),
+    ],
+)
+def test_compiled_it_gives_the_same(make, dispatch, backend):
+    eager = perturb(Experts(make, dispatch=dispatch))
     network = copy.deepcopy(eager)
-    network.compile(fullgraph=True)
+    network.compile(fullgraph=True, backend=backend)
     for size in (6, 9, 5):
-        x, noise_cond = torch.randn(size, 1, 8, 8), 1000 * torch.rand(size)
+        x, noise_cond = torch.randn(size, 2, 8, 8), 1000 * torch.rand(size)
         expected = eager(x, noise_cond)
         # Fused kernels sum in another order: float32 rounding.
         torch.testing.assert_close(network(x, noise_cond), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())

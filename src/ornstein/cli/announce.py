@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
+    from ornstein.conditioning import Conditioner
     from ornstein.training.estimate import Cost
     from ornstein.training.module import DiffusionModule
 
@@ -67,12 +68,42 @@ def _describe_denoiser(module: DiffusionModule, cost: Cost) -> dict[str, str]:
 
     network = module.network
     active = f", {network.active_parameters():,} active" if isinstance(network, Experts) else ""
+    condition = _describe_condition(module.conditioner)
     return {
+        **_describe_latents(module),
+        **({"condition": condition} if condition else {}),
         "network": f"{type(network).__name__}, {cost.parameters:,} parameters{active}, "
         f"{cost.flops / 1e6:,.1f} MFLOPs a sample (2 a multiply-add)",
         "diffusion": f"{type(module.schedule).__name__} schedule, {module.objective.parameterization.name} output, "
         f"{type(module.sampler).__name__} sampler with {module.sampler.steps} steps",
     }
+
+
+def _describe_latents(module: DiffusionModule) -> dict[str, str]:
+    """What is diffused instead of pixels, if anything."""
+    from ornstein.codecs import Identity
+
+    if isinstance(module.codec, Identity):
+        return {}
+    shape = "x".join(map(str, module.latent_shape))
+    return {"latents": f"{shape}, of {type(module.codec).__name__}"}
+
+
+def _describe_condition(conditioner: Conditioner) -> str:
+    """What the network is given beside the noisy image, and how much of it training drops."""
+    from ornstein.conditioning import ClassLabel, Image, Text
+
+    told = []
+    for part in conditioner.modules():
+        if isinstance(part, ClassLabel):
+            told.append(f"one of {part.num_classes} classes ({100 * part.dropout:g} % dropped)")
+        elif isinstance(part, Text):
+            sizes = [f"{part.max_length} tokens of {part.text_dim}"] if part.text_dim else []
+            sizes += [f"a vector of {part.pooled_dim}"] if part.pooled_dim else []
+            told.append(f"captions by {part.encoder.name}, {' and '.join(sizes)} ({100 * part.dropout:g} % dropped)")
+        elif isinstance(part, Image):
+            told.append(f"{part.source} images, {part.concat_channels} channels ({100 * part.dropout:g} % dropped)")
+    return "; ".join(told)
 
 
 def conclude(run: Any, figures: dict[str, float]) -> None:

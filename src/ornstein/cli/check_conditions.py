@@ -35,6 +35,7 @@ def check_conditions(cfg: DictConfig, choices: dict[str, Any]) -> None:
     network = OmegaConf.select(cfg, "model.network")
     if network is None or not str(network.get("_target_")).startswith("ornstein."):
         return
+    _check_channels(cfg, network, str(choices.get("codec") or "this one"))
     for key, (what, models) in _KEYS.items():
         given = OmegaConf.select(cfg, f"conditioner.{key}") or None
         taken = list(_values(network, key))
@@ -81,6 +82,20 @@ def told_condition(conditioner: Any) -> str:
         f"conditional on images of {conditioner.concat_channels} channels" if conditioner.concat_channels else "",
     ]
     return " and ".join(filter(None, kinds)) or "unconditional"
+
+
+def _check_channels(cfg: DictConfig, network: Any, codec: str) -> None:
+    """A network takes the channels that its codec makes and gives as many, or twice, with a learned variance."""
+    channels = cfg.codec.channels
+    outputs = int(OmegaConf.select(cfg, "objective.parameterization.outputs") or 1)
+    for key, given in (("in_channels", channels), ("out_channels", channels * outputs)):
+        for value in _values(network, key):
+            if value is not None and value != given:
+                raise OrnsteinError(
+                    f"model.network.{key}={value}, where codec={codec} has {channels} channels and the objective asks "
+                    f"for {outputs} output{'s' if outputs > 1 else ''} of each: leave model.network.{key} as it is, "
+                    f"which is {given}."
+                )
 
 
 def _check_data(cfg: DictConfig, conditioner: str, data: str) -> None:

@@ -109,7 +109,6 @@ class Run:
         """
         import torch
 
-        refuse_samples(self.config)
         if num_samples < 1:
             raise OrnsteinError(f"num_samples={num_samples} must be at least 1.")
         overrides = [f"run={_quoted(self.stored.checkpoint or self.stored.folder)}"]
@@ -119,6 +118,7 @@ class Run:
         overrides += [f"negative_prompt={_quoted(negative_prompt)}"] if negative_prompt is not None else []
         overrides += [f"condition_images={_quoted(condition_images)}"] if condition_images is not None else []
         cfg = compose_for(self.stored, "sample", overrides)
+        refuse_samples(cfg)
         asked = [prompts] if isinstance(prompts, str) else prompts
         batches = self.module.generate(
             range(first_index, first_index + num_samples),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from ornstein.cli import guides
 from ornstein.cli.launch import conf_dir
 from ornstein.errors import OrnsteinError
 
-_GROUPS = ("sampler", "scheduler", "objective")  # guidance has words of its own
+# Guidance has words of its own.
+_GROUPS = ("sampler", "scheduler", "objective", "model", "conditioner", "codec", "adapter")
+_MAX_KEYS = 16  # listed of an option
+_MAX_OTHERS = 6  # options named that have a key
 _OVERRIDE = re.compile(r"(?P<sign>[+~]{0,2})(?P<key>[A-Za-z_][\w./]*)=(?P<value>.*)", re.DOTALL)
 _OPTION = re.compile(r"[A-Za-z_]\w*")
 
@@ -75,18 +79,32 @@ def _check_key(match: re.Match[str], cfg: DictConfig) -> None:
     """A key that the class at its place is not configured by."""
     path, _, key = match["key"].rpartition(".")
     node: Any = OmegaConf.select(cfg, path, default=None)
-    # What is not ours may take keys that its file does not show: Hydra's hint is right there.
-    if not isinstance(node, DictConfig) or key in node or not str(node.get("_target_")).startswith("ornstein."):
+    # What is not ours, or is diffusers' network, may take keys that its file does not show: Hydra's hint is right there.
+    # A node does not count keys that wait for a value (`???`) as its own; its keys() do.
+    if not isinstance(node, DictConfig) or key in node.keys() or not str(node.get("_target_")).startswith("ornstein."):
+        return
+    if ".networks.Diffusers" in str(node._target_):
         return
     group = path.replace(".", "/")
-    option = OmegaConf.select(cfg, "hydra.runtime.choices", default={}).get(group, "run")
+    choices = OmegaConf.select(cfg, "hydra.runtime.choices", default={})
+    # A group that another option places elsewhere is listed with the place: model/network@model.network.
+    option = choices.get(group) or choices.get(f"{group}@{path}", "run")
     named = f"the run's own {path}" if option == "run" else f"{group}={option}"
     keys = [str(own) for own in node if not str(own).startswith("_")]
     others = [path.stem for path in _options(group) if key in _keys(path)]
-    told = f"{match.string}: {named} has no {key}; it has {', '.join(keys) or 'no keys'}."
+    told = f"{match.string}: {named} has no {key}; it has {_shown(key, keys)}."
     if others:
-        told = f"{told[:-1]}. {group}={', '.join(others)} {'have' if len(others) > 1 else 'has'} one."
+        shown = ", ".join(others[:_MAX_OTHERS]) + (", ..." if len(others) > _MAX_OTHERS else "")
+        told = f"{told[:-1]}. {group}={shown} {'have' if len(others) > 1 else 'has'} one."
     raise OrnsteinError(told)
+
+
+def _shown(key: str, keys: list[str]) -> str:
+    """The keys; of a long list those that look like ``key``."""
+    if len(keys) <= _MAX_KEYS:
+        return ", ".join(keys) or "no keys"
+    near = [f"{match}, " for match in get_close_matches(key, keys, n=3, cutoff=0.5)]
+    return f"{''.join(near)}{'and ' if near else ''}{len(keys) - len(near)} {'more' if near else 'others'} (--cfg job)"
 
 
 def _options(group: str) -> list[Path]:

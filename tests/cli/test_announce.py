@@ -1,0 +1,47 @@
+"""What the announcement says of a network before the first step."""
+
+from __future__ import annotations
+
+import pytest
+
+from ornstein.cli.announce import _describe_denoiser
+from ornstein.cli.build import build_module
+from ornstein.networks import count_parameters
+from ornstein.training.estimate import Cost
+
+
+@pytest.mark.parametrize(("words", "experts"), [(("model=experts",), 2), (("model=class_unet",), None)])
+def test_a_mixture_tells_how_many_parameters_one_evaluation_uses(compose, words, experts):
+    module = build_module(compose(*words))
+    count = count_parameters(module.network)
+    cost = Cost(parameters=count, flops=2_000_000, state_bytes=0, activation_bytes=0, step_seconds=1.0)
+    told = _describe_denoiser(module, cost)["network"]
+    active = "" if experts is None else f", {count // experts:,} active"
+    assert (
+        told == f"{type(module.network).__name__}, {count:,} parameters{active}, 2.0 MFLOPs a sample (2 a multiply-add)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "latents", "condition"),
+    [
+        (("model=pixel_unet",), None, None),
+        (("model=class_unet",), None, "one of 10 classes (10 % dropped)"),
+        (("model=latent_unet",), "4x8x8, of KLAutoencoder", "one of 10 classes (10 % dropped)"),
+        (
+            ("model=class_unet", "conditioner=class_image"),
+            None,
+            "one of 10 classes (10 % dropped); low_resolution images, 1 channels (0 % dropped)",
+        ),
+        (
+            ("model=text_unet", "conditioner.dropout=0.25"),
+            None,
+            "captions by minilm, 32 tokens of 384 and a vector of 384 (25 % dropped)",
+        ),
+    ],
+)
+def test_conditions_and_latents_are_told(compose, words, latents, condition):
+    module = build_module(compose(*words))
+    cost = Cost(parameters=1, flops=1, state_bytes=0, activation_bytes=0, step_seconds=1.0)
+    told = _describe_denoiser(module, cost)
+    assert (told.get("latents"), told.get("condition")) == (latents, condition)
