@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "text_dit": DIT,
     "experts": tuple(f"network.{word}" for word in UNET),
     "unet_diffusers": ("block_out_channels=[8,8,8]", "norm_num_groups=4"),
-    "unet_condition_diffusers": ("block_out_channels=[8,8,8]", "norm_num_groups=4", "attention_head_dim=4"),
+    "unet_condition_diffusers": ("block_out_channels=[8,8]", "norm_num_groups=4", "attention_head_dim=4"),
 }
 AUTOENCODERS = ("autoencoder_kl", "autoencoder_vq")
 AROUND = (

@@ -123,6 +123,7 @@ def test_every_weight_learns():
         ({"sample_size": 8, "class_embed_type": "timestep"}, "sets class_embed_type, sample_size itself"),
         ({"label_mode": "concat"}, "'add' or 'cross_attention', got 'concat'"),
         ({"image_size": 7}, "7 x 7 do not divide by 2"),
+        ({"layers_per_block": (1, 1, 1)}, "UNet2DConditionModel refuses its arguments"),
     ],
 )
 def test_arguments_of_its_own_are_refused(kwargs, sentence):

@@ -51,7 +51,12 @@ def test_a_conditioning_image_joins_the_input():
 
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
-    [({"noise_embedding": "fourier"}, "'sinusoidal' only"), ({"sample_size": 8}, "sets sample_size itself")],
+    [
+        ({"noise_embedding": "fourier"}, "'sinusoidal' only"),
+        ({"sample_size": 8}, "sets sample_size itself"),
+        ({"block_out_channels": (8, 8, 8)}, "UNet2DModel refuses its arguments.*same number of `block_out_channels`"),
+        ({"widths": 3}, "UNet2DModel refuses its arguments.*unexpected keyword argument 'widths'"),
+    ],
 )
 def test_arguments_of_its_own_are_refused(kwargs, sentence):
     with pytest.raises(OrnsteinError, match=sentence):

@@ -217,6 +217,7 @@ class Convolutions(nn.Module):
         # Traced with numbers of samples that differ, without kernels, which take minutes: test_unet.py makes them.
         (SMALL, "gather", "aot_eager"),
     ],
+    ids=["gather", "dense", "unet"],
 )
 def test_compiled_it_gives_the_same(make, dispatch, backend):
     eager = perturb(Experts(make, dispatch=dispatch))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ornstein.errors import OrnsteinError
 from ornstein.networks.checks import check_divisible, check_pooled, check_text, image_size_pair, join_concat
-from ornstein.networks.diffusers_unet import diffusers_config
+from ornstein.networks.diffusers_unet import diffusers_config, their_arguments
 from ornstein.networks.embeddings import check_labels
 
 DEFAULT_CONTEXT = 64  # numbers of a context token where there are no captions to say
@@ -88,17 +88,18 @@ class DiffusersUNet2DCondition(nn.Module):
         self.label_mode = label_mode
         self.image_size = size
         table = num_classes is not None and label_mode == "add"
-        model: Any = UNet2DConditionModel(
-            sample_size=size,
-            in_channels=in_channels + concat_channels,
-            out_channels=self.out_channels,
-            num_class_embeds=num_classes + 1 if num_classes is not None and table else None,
-            time_cond_proj_dim=pooled_dim,
-            cross_attention_dim=width,
-            encoder_hid_dim=text_dim if projected else None,
-            encoder_hid_dim_type="text_proj" if projected else None,
-            **config,
-        )
+        with their_arguments("UNet2DConditionModel"):
+            model: Any = UNet2DConditionModel(
+                sample_size=size,
+                in_channels=in_channels + concat_channels,
+                out_channels=self.out_channels,
+                num_class_embeds=num_classes + 1 if num_classes is not None and table else None,
+                time_cond_proj_dim=pooled_dim,
+                cross_attention_dim=width,
+                encoder_hid_dim=text_dim if projected else None,
+                encoder_hid_dim_type="text_proj" if projected else None,
+                **config,
+            )
         self.model = model
         token = text_dim or width
         self.classes = None if num_classes is None or table else nn.Embedding(num_classes + 1, token)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,17 @@ def diffusers_config(
         )
     # A config file gives lists; diffusers wants tuples where it compares them.
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+@contextmanager
+def their_arguments(name: str) -> Iterator[None]:
+    """Turn what diffusers' class `name` says against its arguments into an OrnsteinError that says whose they are."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise OrnsteinError(
+            f"diffusers' {name} refuses its arguments, which are keys of model.network: {error}"
+        ) from error
 
 
 class DiffusersUNet2D(nn.Module):
@@ -81,13 +93,14 @@ class DiffusersUNet2D(nn.Module):
         self.num_classes = num_classes
         self.concat_channels = concat_channels
         self.image_size = size
-        model: Any = UNet2DModel(
-            sample_size=size,
-            in_channels=in_channels + concat_channels,
-            out_channels=self.out_channels,
-            num_class_embeds=None if num_classes is None else num_classes + 1,
-            **config,
-        )
+        with their_arguments("UNet2DModel"):
+            model: Any = UNet2DModel(
+                sample_size=size,
+                in_channels=in_channels + concat_channels,
+                out_channels=self.out_channels,
+                num_class_embeds=None if num_classes is None else num_classes + 1,
+                **config,
+            )
         self.model = model
         self.factor = 2 ** (len(model.config.block_out_channels) - 1)
         if size is not None:
