@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ornstein.cli.announce import _describe_denoiser
 from ornstein.cli.build import build_module
 from ornstein.networks import count_parameters
-from ornstein.training.estimate import Cost
+from ornstein.training.estimate import Cost, measure_cost
 
 
 @pytest.mark.parametrize(("words", "experts"), [(("model=experts",), 2), (("model=class_unet",), None)])
@@ -45,3 +46,15 @@ def test_conditions_and_latents_are_told(compose, words, latents, condition):
     cost = Cost(parameters=1, flops=1, state_bytes=0, activation_bytes=0, step_seconds=1.0)
     told = _describe_denoiser(module, cost)
     assert (told.get("latents"), told.get("condition")) == (latents, condition)
+
+
+def test_frozen_weights_have_no_gradients_moments_and_averages(compose):
+    module = build_module(compose("model=pixel_unet"))
+    batch = {"image": torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "index": torch.arange(2)}
+    whole = measure_cost(module, batch)
+    frozen = count_parameters(module.network.encoder)
+    module.network.encoder.requires_grad_(False)
+    cost = measure_cost(module, batch)
+    assert (whole.state_bytes, cost.state_bytes) == (20 * whole.parameters, 20 * whole.parameters - 16 * frozen)
+    assert cost.parameters == whole.parameters - frozen
+    assert f" {whole.parameters:,} parameters" in _describe_denoiser(module, cost)["network"]

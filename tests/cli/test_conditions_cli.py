@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -101,6 +102,34 @@ def split(overrides: str) -> list[str]:
 @pytest.mark.parametrize("overrides", ACCEPTED)
 def test_accepted(compose, overrides):
     validate(compose(*overrides.split()))
+
+
+@pytest.mark.parametrize(
+    ("typed", "labels"),
+    [
+        ("null", None),
+        ("[3,9]", [3, 9, 3]),
+        ("3", [3, 3, 3]),
+        ("[10]", "labels=[10]: each must be a class number from 0 to 9."),
+        ("three", "labels=['three']: each must be a class number from 0 to 9."),
+        ("[1.5]", "labels=[1.5]: each must be a class number from 0 to 9."),
+        ("[]", "labels=[]: each must be a class number from 0 to 9."),
+    ],
+)
+def test_labels_as_typed(typed, labels):
+    from types import SimpleNamespace
+
+    from ornstein.cli.load import check_labels
+    from ornstein.cli.prompts import read_labels
+
+    module = SimpleNamespace(conditioner=SimpleNamespace(num_classes=10, needs=("label",)))
+    asked = read_labels(OmegaConf.create({"labels": yaml.safe_load(typed)}))
+    if isinstance(labels, str):
+        with pytest.raises(OrnsteinError) as caught:
+            check_labels(asked, module, 3)
+        assert str(caught.value) == labels
+    else:
+        assert check_labels(asked, module, 3) == labels
 
 
 def test_networks_of_other_packages_are_not_looked_into(compose):

@@ -14,13 +14,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ornstein
+from ornstein.cli.autoencoder import check_codec_fits
 from ornstein.cli.convert import convert_file, show
+from ornstein.cli.start import read_start
 from ornstein.errors import OrnsteinError
 from ornstein.networks.layouts.reading import read_foreign
+from ornstein.training.start import fit
 
 _SPEC = spec_from_file_location("foreign", Path(__file__).parents[1] / "networks" / "foreign.py")
 assert _SPEC is not None and _SPEC.loader is not None
@@ -199,6 +203,44 @@ def test_latents_get_their_autoencoder(tmp_path: Path) -> None:
     assert ornstein.load(tmp_path / "own", device="cpu").sample(2, steps=2).shape == (2, 1, 32, 32)
 
 
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (None, ""),
+        ("conversion.json", ""),
+        ("codec.safetensors", ""),
+        ("checkpoints/last.ckpt", "a run"),
+        ("x.txt", "holds something"),
+    ],
+)
+def test_only_an_earlier_conversion_is_written_over(tmp_path: Path, held: str | None, words: str) -> None:
+    weights = foreign.Weights()
+    torch.manual_seed(0)
+    foreign.lucidrains(weights, torch.randn(1, 1, 8, 8), torch.zeros(1))
+    save_file(weights, tmp_path / "file.safetensors")
+    (tmp_path / "out").mkdir()
+    if held is not None:
+        (tmp_path / "out" / held).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / held).write_text("{}")
+    if words:
+        with pytest.raises(OrnsteinError, match=words):
+            convert_file(tmp_path / "file.safetensors", tmp_path / "out")
+        assert not (tmp_path / "out" / "network.safetensors").exists()
+    else:
+        assert convert_file(tmp_path / "file.safetensors", tmp_path / "out").layout == "lucidrains"
+
+
+@pytest.mark.parametrize("layout", ["adm", "edm", "dit", "diffusers_dit", "diffusers_unet", "kl"])
+def test_a_layout_that_does_not_fit_is_refused_in_words(tmp_path: Path, layout: str) -> None:
+    weights = foreign.Weights()
+    torch.manual_seed(0)
+    foreign.lucidrains(weights, torch.randn(1, 1, 8, 8), torch.zeros(1))
+    save_file(weights, tmp_path / "file.safetensors")
+    with pytest.raises(OrnsteinError):
+        convert_file(tmp_path / "file.safetensors", tmp_path / "out", layout=layout)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pipeline_of_diffusers_tells_schedule_and_objective(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -220,6 +262,11 @@ def test_a_pipeline_of_diffusers_tells_schedule_and_objective(tmp_path: Path) ->
     with torch.no_grad():
         expected = unet(x, torch.tensor([420, 420])).sample
         torch.testing.assert_close(run.module.network(x, torch.tensor([421.0, 421.0])), expected, rtol=1e-4, atol=1e-5)
+    # Fine-tuning takes the pipeline's folder as it lies.
+    node = {"_target_": report.converted.target, **report.converted.arguments}
+    cfg = OmegaConf.create({"init": {"from": str(tmp_path / "pipeline")}, "model": {"network": node}})
+    start = read_start(cfg, run.module.network)
+    assert fit(run.module.network, start.state).exact and start.told.endswith("unet, converted from diffusers_unet")
 
 
 def test_an_autoencoder_of_diffusers_becomes_a_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,6 +285,11 @@ def test_an_autoencoder_of_diffusers_becomes_a_codec(tmp_path: Path, capsys: pyt
     report = convert_file(tmp_path / "vae", tmp_path / "out")
     show(report)
     assert "codec=kl codec.weights=" in " ".join(capsys.readouterr().out.split())
+    for data in ("emoji", "fashion_mnist"):  # nobody has said which images it is for
+        check_codec_fits(
+            OmegaConf.create({"codec": {"_target_": "ornstein.codecs.load_kl", "weights": str(tmp_path / "out")}}),
+            {"data": data},
+        )
     codec = load_kl(tmp_path / "out" / "codec.safetensors")
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():

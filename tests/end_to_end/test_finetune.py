@@ -60,7 +60,7 @@ def test_a_run_starts_from_anothers_weights(
     assert same(network(tmp_path / "run"), of(base))
     assert same(averages(tmp_path / "run"), of(base))  # and so do its averages
     told = " ".join(capsys.readouterr().out.split())
-    assert "starts from" in told and "weights at step 4" in told and "trainable" not in told
+    assert " init starts from " in told and "weights at step 4" in told and "trainable" not in told
 
 
 def test_every_form_of_the_weights_will_do(base: Path, tmp_path: Path, tiny: Tiny) -> None:

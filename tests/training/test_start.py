@@ -78,6 +78,18 @@ def test_another_architecture_is_refused_even_in_part(partial: bool) -> None:
         check_fit(network, fit(network, state), source="init.from=RUN", partial=partial)
 
 
+def test_a_few_names_in_common_do_not_make_it_the_same_architecture() -> None:
+    network = unet()
+    state = {f"other.{name}": value for name, value in network.state_dict().items()}
+    state["embed.mlp.0.weight"], state["stem.bias"] = torch.zeros(3, 3), network.stem.bias
+    count = len(network.state_dict())
+    with pytest.raises(OrnsteinError, match=rf"of another architecture .* only 2 of its {count} tensors are there"):
+        check_fit(network, fit(network, state), source="init.from=RUN")
+    check_fit(network, fit(network, state), source="init.from=RUN", partial=True)
+    with pytest.raises(OrnsteinError, match=r"init\.partial=true"):
+        check_fit(network, fit(network, unet(base_channels=16).state_dict()), source="init.from=RUN")
+
+
 def test_no_more_than_ten_names_of_a_kind() -> None:
     state = {f"other.{i}": torch.zeros(1) for i in range(14)} | {"stem.weight": unet().stem.weight}
     assert fit(unet(), state).described().count("other.") == 10

@@ -64,7 +64,7 @@ def announce(
 
 
 def _describe_denoiser(module: DiffusionModule, cost: Cost) -> dict[str, str]:
-    from ornstein.networks import Experts
+    from ornstein.networks import Experts, count_parameters
 
     network = module.network
     active = f", {network.active_parameters():,} active" if isinstance(network, Experts) else ""
@@ -72,7 +72,7 @@ def _describe_denoiser(module: DiffusionModule, cost: Cost) -> dict[str, str]:
     return {
         **_describe_latents(module),
         **({"condition": condition} if condition else {}),
-        "network": f"{type(network).__name__}, {cost.parameters:,} parameters{active}, "
+        "network": f"{type(network).__name__}, {count_parameters(network):,} parameters{active}, "
         f"{cost.flops / 1e6:,.1f} MFLOPs a sample (2 a multiply-add)",
         "diffusion": f"{type(module.schedule).__name__} schedule, {module.objective.parameterization.name} output, "
         f"{type(module.sampler).__name__} sampler with {module.sampler.steps} steps",

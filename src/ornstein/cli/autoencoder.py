@@ -150,7 +150,8 @@ def check_codec_fits(cfg: DictConfig, choices: dict[str, str]) -> None:
     if fits is None and cfg.codec._target_ in ("ornstein.codecs.load_kl", "ornstein.codecs.load_vq"):
         from ornstein.codecs.weights import read_metadata, weights_path
 
-        fits = [read_metadata(weights_path(cfg.codec.weights, kind))["data"]]
+        made_on = read_metadata(weights_path(cfg.codec.weights, kind))["data"]
+        fits = None if made_on == "unknown" else [made_on]  # another library's file, converted, does not say
     if fits is not None and name not in fits:
         raise OrnsteinError(
             f"codec={option} holds weights for {', '.join(fits)}, not {name}: train one by python train.py "

@@ -100,15 +100,23 @@ def convert_file(
     from ornstein.networks.layouts.reading import read_foreign
 
     folder = Path(out)
-    if (folder / "checkpoints").is_dir():
-        raise OrnsteinError(f"--out {out} holds a run: name another folder.")
+    _check_out(folder)
     place = Path(source).expanduser()
     pipeline = place if (place / "model_index.json").is_file() else place.parent
     if pipeline == place:
-        place = _denoiser_of(place)
+        place = denoiser_of(place)
     foreign = read_foreign(place, weights=weights)
     name = find_layout(foreign.state, config=foreign.config) if layout == "auto" else layout
-    converted = convert(foreign.state, layout=name or layout, config=foreign.config, **(facts or {}))
+    try:
+        converted = convert(foreign.state, layout=name or layout, config=foreign.config, **(facts or {}))
+    except (ValueError, LookupError, RuntimeError) as error:
+        # Who names a layout is taken at their word, and tensors of another library break its arithmetic.
+        if layout == "auto" or isinstance(error, OrnsteinError):
+            raise
+        raise OrnsteinError(
+            f"--layout {layout}: the tensors of {source} are not laid out so ({error!r}): leave it out, or name the "
+            "right one."
+        ) from error
     if converted.unmapped and not partial:
         from ornstein.networks.layouts import listed
 
@@ -200,7 +208,23 @@ def _fact(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _denoiser_of(pipeline: Path) -> Path:
+def _check_out(folder: Path) -> None:
+    """A folder of another purpose is left alone; an earlier conversion is written anew."""
+    held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or "checkpoints" in held:
+        raise OrnsteinError(
+            f"--out {folder} {'is a file' if folder.is_file() else 'holds a run'}: name another folder."
+        )
+    if held and "conversion.json" not in held and held != {"codec.safetensors"}:
+        raise OrnsteinError(f"--out {folder} holds something that is no conversion: name another folder.")
+
+
+def denoiser_of(pipeline: Path) -> Path:
+    """The folder of the network within a diffusers pipeline's folder.
+
+    Raises:
+        OrnsteinError: it has none, or two.
+    """
     found = [pipeline / name for name in ("unet", "transformer") if (pipeline / name / "config.json").is_file()]
     if len(found) != 1:
         raise OrnsteinError(

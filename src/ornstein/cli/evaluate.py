@@ -77,10 +77,11 @@ def request(module: DiffusionModule, cfg: DictConfig) -> tuple[range, dict[str, 
         OrnsteinError: too few samples, or an option that this run cannot honour.
     """
     from ornstein.cli.load import sampling_options
+    from ornstein.cli.prompts import read_labels
 
     if cfg.num_samples < 2:
         raise OrnsteinError(f"num_samples={cfg.num_samples}: figures need at least 2, and mean little below 1000.")
-    labels = None if cfg.labels is None else list(cfg.labels)
+    labels = read_labels(cfg)
     indices = range(cfg.first_index, cfg.first_index + cfg.num_samples)
     return indices, sampling_options(module, cfg, labels=labels, count=len(indices))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +40,10 @@ def register_resolvers() -> None:
 
     def div(a: int, b: int) -> int:
         if a % b:
-            raise OrnsteinError(f"{a} is not divisible by {b}: choose a data.image_size that is a multiple of {b}.")
+            raise OrnsteinError(
+                f"data.image_size={a} is not divisible by {b}, by which codec= reduces images: choose data.image_size="
+                f"{max(1, round(a / b)) * b}, say."
+            )
         return a // b
 
     OmegaConf.register_new_resolver("div", div, replace=True)
@@ -160,7 +164,7 @@ def find_mistake(error: BaseException) -> Exception | None:
     wrapper: Exception | None = None
     while seen is not None:
         if isinstance(seen, OrnsteinError):
-            return seen
+            return _placed(seen, wrapper)
         if wrapper is not None and isinstance(seen, TypeError):
             return wrapper  # a value of the wrong kind: Hydra says where, Python does not
         if wrapper is not None and isinstance(seen, ValueError) and not isinstance(seen, OmegaConfBaseException):
@@ -169,6 +173,12 @@ def find_mistake(error: BaseException) -> Exception | None:
             wrapper = seen
         seen = seen.__cause__ or seen.__context__
     return error if isinstance(error, OmegaConfBaseException | InstantiationException) else None
+
+
+def _placed(mistake: OrnsteinError, wrapper: Exception | None) -> OrnsteinError:
+    """The mistake; one of a network says where its arguments are set, which the network itself does not know."""
+    key = re.search(r"full_key: (model\.\S+)", str(wrapper))
+    return mistake if key is None or key[1] in str(mistake) else OrnsteinError(f"{key[1]}: {mistake}")
 
 
 @contextmanager

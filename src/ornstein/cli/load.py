@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,7 +240,7 @@ def sampling_options(
     check_guidance(guidance, sampler, cfg)
     check_sampler(sampler, module.schedule, module.objective)
     guidance = equip(guidance, module, cfg, trust_targets=list(cfg.get("trust_targets") or ()))
-    if cfg.get("negative_prompt") is not None and not guidance.needs_null:
+    if cfg.get("negative_prompt") is not None and "caption" in module.conditioner.needs and not guidance.needs_null:
         raise OrnsteinError(
             "negative_prompt is what guidance steers away from, and this guidance has no such branch: add guidance=cfg."
         )
@@ -259,9 +260,13 @@ def check_labels(labels: Sequence[int] | None, module: DiffusionModule, count: i
     if classes is None:
         other = "has no classes" if module.conditioner.needs else "is unconditional"
         raise OrnsteinError(f"labels were given and this model {other}: leave them out.")
-    if not labels or any(not 0 <= int(label) < classes for label in labels):
+    try:
+        numbers = [operator.index(label) for label in labels]
+    except TypeError:
+        numbers = []
+    if not numbers or any(not 0 <= number < classes for number in numbers):
         raise OrnsteinError(f"labels={list(labels)}: each must be a class number from 0 to {classes - 1}.")
-    return [int(labels[i % len(labels)]) for i in range(count)]
+    return [numbers[i % len(numbers)] for i in range(count)]
 
 
 def _quoted(path: object) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ornstein.errors import OrnsteinError
 
@@ -55,6 +55,14 @@ def conditions_of(
     return given
 
 
+def read_labels(cfg: DictConfig) -> list[Any] | None:
+    """The class numbers of ``labels``, one of which may stand without brackets; None if none are given."""
+    labels = cfg.get("labels")
+    if labels is None:
+        return None
+    return list(labels) if OmegaConf.is_list(labels) else [labels]
+
+
 def read_prompts(cfg: DictConfig) -> list[str] | None:
     """The prompts of ``prompts`` or of the lines of ``prompts_file``; None if neither is given.
 
@@ -99,7 +107,7 @@ def read_images(folder: object, module: DiffusionModule, cfg: DictConfig, *, cou
         raise OrnsteinError(f"condition_images={folder} holds no images: name a folder of images.")
     channels = int(cfg.data.condition_channels if "condition" in needs else cfg.data.channels)
     pictures = [
-        torch.from_numpy(load_image(path, size=int(cfg.data.image_size), channels=channels)) for path in paths[:count]
+        torch.tensor(load_image(path, size=int(cfg.data.image_size), channels=channels)) for path in paths[:count]
     ]
     return torch.stack([pictures[place % len(pictures)] for place in range(count)])
 

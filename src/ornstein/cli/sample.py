@@ -54,6 +54,7 @@ def sample(cfg: DictConfig) -> None:
     from ornstein.cli.build import plain
     from ornstein.cli.load import restore, sampling_options
     from ornstein.cli.progress import bar
+    from ornstein.cli.prompts import read_labels
     from ornstein.cli.stored import open_run
     from ornstein.experiment import RunDirectory, Summary, describe_environment
     from ornstein.training.condition_pictures import captions_text, fitted, interleaved
@@ -65,7 +66,7 @@ def sample(cfg: DictConfig) -> None:
     stored = open_run(str(cfg.run))
     module = restore(stored, cfg, checkpoint=cfg.checkpoint, weights=cfg.weights, trust_targets=list(cfg.trust_targets))
     indices = range(cfg.first_index, cfg.first_index + cfg.num_samples)
-    labels = None if cfg.labels is None else list(cfg.labels)
+    labels = read_labels(cfg)
     options = sampling_options(module, cfg, labels=labels, count=len(indices))
     run = RunDirectory(cfg.paths.run_dir)
     with run.lock(), Summary(run) as summary:

@@ -72,6 +72,9 @@ def check_start(cfg: DictConfig, network: nn.Module, *, goes_on: bool) -> None:
             mean nothing together.
     """
     init, adapted = _options(cfg), bool(cfg.get("adapter"))
+    unknown = [key for key in init if key not in _NONE]
+    if unknown:
+        raise OrnsteinError(f"init.{unknown[0]}: there is no such key; init has {', '.join(_NONE)}.")
     if init["weights"] not in ("ema", "model"):
         raise OrnsteinError(f"init.weights={init['weights']} is unknown: choose ema or model.")
     narrowed = [f"init.{key}" for key in ("freeze", "train_only") if init[key]]
@@ -99,7 +102,7 @@ def describe_start(network: nn.Module) -> dict[str, str]:
     from ornstein.training.start import trainable
 
     begun = network.__dict__.get("begun")
-    rows = {"starts from": begun} if begun is not None else {}
+    rows = {"init": f"starts from {begun}"} if begun is not None else {}
     trained, total = trainable(network)
     if trained < total:
         rows["trainable"] = f"{trained:,} of {total:,} parameters ({100 * trained / total:.3g} %)"
@@ -127,6 +130,10 @@ def read_start(cfg: DictConfig, network: nn.Module) -> Start:
     place = Path(named).expanduser()
     if not place.exists():
         raise OrnsteinError(f"init.from={named}: there is no such file or folder.")
+    if (place / "model_index.json").is_file():
+        from ornstein.cli.convert import denoiser_of
+
+        place = denoiser_of(place)
     if place.is_dir() and ((place / "checkpoints").is_dir() or not any(place.glob("*.safetensors"))):
         from ornstein.cli.stored import open_run
 
@@ -215,10 +222,14 @@ def _read_foreign(place: Path, cfg: DictConfig, weights: str, network: nn.Module
         if key in converted.arguments and key in node and not _same(converted.arguments[key], node[key])
     ]
     if differing:
+        guessed = any(each.startswith("head") for each in differing) and foreign.config is None
+        told = (
+            f", or say how it was trained: `ornstein convert {place} --out FOLDER --fact head_dim=...` and name FOLDER"
+        )
         raise OrnsteinError(
             f"init.from={place} is a {layout} checkpoint that computes something else than model.network, by what no "
-            f"shape shows: set {', '.join(f'model.network.{each}' for each in differing)}, or say how it was trained: "
-            f"`ornstein convert {place} --out FOLDER --fact {_UNSEEN[1]}=...` and init.from=FOLDER."
+            f"shape shows: set {', '.join(f'model.network.{each}' for each in differing)}"
+            f"{told if guessed else ''}."
         )
     return Start(converted.state, f"{place}{kind}, converted from {layout}")
 

@@ -105,6 +105,8 @@ def check_conditioning(cfg: DictConfig, choices: dict[str, str]) -> None:
 def check_codec(cfg: DictConfig, choices: dict[str, str]) -> None:
     """A codec with weights fits the data that they were trained on, one without changes no shape."""
     model = choices.get("model", "")
+    if OmegaConf.is_list(cfg.data.get("image_size")):
+        raise OrnsteinError(f"data.image_size={cfg.data.image_size}: images are read as squares, so give one number.")
     if model.startswith("latent") and cfg.codec._target_.endswith("Identity"):
         raise OrnsteinError(
             f"model={model} diffuses latents and codec={choices.get('codec', 'identity')} has none: choose codec=kl, "

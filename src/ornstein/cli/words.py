@@ -79,17 +79,18 @@ def _check_key(match: re.Match[str], cfg: DictConfig) -> None:
     """A key that the class at its place is not configured by."""
     path, _, key = match["key"].rpartition(".")
     node: Any = OmegaConf.select(cfg, path, default=None)
-    # What is not ours, or is diffusers' network, may take keys that its file does not show: Hydra's hint is right there.
-    # A node does not count keys that wait for a value (`???`) as its own; its keys() do.
-    if not isinstance(node, DictConfig) or key in node.keys() or not str(node.get("_target_")).startswith("ornstein."):
+    # What is not ours, or is a network of diffusers, may take keys that its file does not show: there Hydra's hint is
+    # right. A node does not count keys that wait for a value (`???`) as its own; a walk through them does.
+    if not isinstance(node, DictConfig) or key in list(node):
         return
-    if ".networks.Diffusers" in str(node._target_):
+    target = str(node.get("_target_", "ornstein.model" if path.split(".")[0] == "model" else None))
+    if not target.startswith("ornstein.") or ".networks.Diffusers" in target:
         return
     group = path.replace(".", "/")
     choices = OmegaConf.select(cfg, "hydra.runtime.choices", default={})
     # A group that another option places elsewhere is listed with the place: model/network@model.network.
-    option = choices.get(group) or choices.get(f"{group}@{path}", "run")
-    named = f"the run's own {path}" if option == "run" else f"{group}={option}"
+    option = choices.get(group) or choices.get(f"{group}@{path}", "")
+    named = {"run": f"the run's own {path}", "": path}.get(option, f"{group}={option}")
     keys = [str(own) for own in node if not str(own).startswith("_")]
     others = [path.stem for path in _options(group) if key in _keys(path)]
     told = f"{match.string}: {named} has no {key}; it has {_shown(key, keys)}."

@@ -25,7 +25,7 @@ class Cost:
     Attributes:
         parameters: trainable ones.
         flops: of one forward pass of one sample, 2 a multiply-add.
-        state_bytes: weights, gradients, two optimizer moments and averages in float32.
+        state_bytes: weights, and of trainable ones gradients, two optimizer moments and averages, in float32.
         activation_bytes: kept for one backward pass of a micro-batch.
         step_seconds: one forward and backward pass of a micro-batch, measured.
     """
@@ -64,7 +64,8 @@ def measure_cost(module: TrainingModule, batch: dict[str, Any]) -> Cost:
     module.last_output = None
     module.train(was_training)
     parameters = count_parameters(module, trainable=True)
-    return Cost(parameters, forward_flops(module), parameters * 4 * 5, activations, seconds)
+    frozen = count_parameters(module) - parameters
+    return Cost(parameters, forward_flops(module), 4 * (5 * parameters + frozen), activations, seconds)
 
 
 def activation_bytes(module: nn.Module, loss: Callable[[], Tensor]) -> int:

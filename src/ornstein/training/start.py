@@ -79,6 +79,14 @@ def check_fit(network: nn.Module, found: Fit, *, source: str, partial: bool = Fa
         )
     if found.exact or partial:
         return
+    named = len(found.loaded) + len(found.misshaped)
+    if 4 * named < named + len(found.missing):
+        # A few names that any two networks share are no reason to load them.
+        raise OrnsteinError(
+            f"{source} is of another architecture than model.network ({name}): only {named} of its "
+            f"{named + len(found.missing)} tensors are there ({found.described()}). Choose the model=, model/network= "
+            "and sizes that it was made with."
+        )
     hint = ""
     tables = [f"{each}.weight" for each, module in network.named_modules() if isinstance(module, nn.Embedding)]
     if any(table in found.misshaped for table in tables):

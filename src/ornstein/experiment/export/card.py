@@ -90,8 +90,8 @@ def _opening(facts: Facts) -> str:
     kind = f"{classes} classes" if classes else "no labels"
     what = "An autoencoder" if network.endswith("Autoencoder") else "A diffusion model"
     return (
-        f"{what} of {data} ({size} pixels, {kind}): {network} with {facts.parameters:,} parameters, trained on "
-        f"{facts.images_seen:,} images with Ornstein {facts.version}. "
+        f"{what} of {data} ({size} pixels, {kind}): {network} with {facts.parameters:,} parameters, trained with "
+        f"Ornstein {facts.version} on {facts.images_seen:,} images, repeats counted. "
         + ("These are its averaged (EMA) weights." if facts.weights == "ema" else "These are its weights as trained.")
     )
 
