@@ -62,7 +62,9 @@ ROWS = {
     "latent_unet": Row("model=latent_unet"),
     "latent_dit": Row("model=latent_dit", steps=1200),
     "text_unet": Row("model=text_unet"),
-    "edm2_tiny": Row("model=class_unet model/network=edm2_tiny model.learning_rate=1e-2 optimizer.weight_decay=0", steps=1200),
+    "edm2_tiny": Row(
+        "model=class_unet model/network=edm2_tiny model.learning_rate=1e-2 optimizer.weight_decay=0", steps=1200
+    ),
     "unet_diffusers": Row("model=unet_diffusers"),
 }
 

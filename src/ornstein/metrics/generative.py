@@ -6,6 +6,7 @@ figures are those of ``FrechetInceptionDistance(feature=extractor)`` and its kin
 float64, so the batch size does not matter; the draws in KID and IS are seeded.
 """
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -223,6 +224,11 @@ class GenerativeMetrics:
             self._metrics["label_accuracy"].update(hits.float().to(self._state_device))
         if captions is not None:
             self._update_clip(images, captions)
+
+    @property
+    def names_clip(self) -> bool:
+        """Whether a CLIP is given or named; without one, captions that nobody asked for need not be scored."""
+        return self.clip is not None or bool(self._clip_model or os.environ.get("ORNSTEIN_CLIP"))
 
     def _update_clip(self, images: Tensor, captions: Sequence[str]) -> None:
         if self._clip_wanted:

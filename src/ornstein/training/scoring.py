@@ -83,7 +83,7 @@ def draw_into(
     )
     for batch in drawn:
         texts = batch.captions
-        if texts is None and captions is not None:
+        if texts is None and captions is not None and metrics.names_clip:
             texts = [captions(index) for index in batch.index.tolist()]
         metrics.update(batch.images, batch.labels, captions=texts)
         if sum(map(len, kept)) < KEPT_SAMPLES:
