@@ -92,12 +92,14 @@ def test_nothing_to_measure_with(digits_run, rows, tmp_path, options):
     assert logger.rows == {} and evaluation.summary() == {}
 
 
-def test_captions_reach_the_clip_score(fit, make_module, make_data, tmp_path, monkeypatch):
-    """With a CLIP model, a sample is judged by the caption of a training image of its class."""
+@pytest.mark.parametrize("named", [True, False])
+def test_captions_reach_the_clip_score(fit, make_module, make_data, tmp_path, monkeypatch, named):
+    """With a CLIP model, a sample is judged by the caption of a training image of its class; without, by none."""
     asked = []
 
     class Metrics:
         clip = object()
+        names_clip = named
         num_samples = 6
         reference = type("Reference", (), {"count": 24, "inception_score": None, "features": torch.zeros(2, 1)})()
         features = None
@@ -112,7 +114,7 @@ def test_captions_reach_the_clip_score(fit, make_module, make_data, tmp_path, mo
             pass
 
         def update(self, images, labels, *, captions):
-            asked.extend(zip(labels.tolist(), captions, strict=True))
+            asked.extend(zip(labels.tolist(), captions or [None] * len(labels), strict=True))
 
         def compute(self):
             return {"clip_score": 20.0}
@@ -131,7 +133,7 @@ def test_captions_reach_the_clip_score(fit, make_module, make_data, tmp_path, mo
     data.setup()
     data.train.captions = [f"a {name}" for name in ["red", "green", "blue"] * 8]
     trainer = fit([GenerativeEvaluation(tmp_path, metrics=Metrics)], steps=1, data=data)
-    assert asked == [(0, "a red"), (1, "a green"), (2, "a blue")] * 2
+    assert asked == [(label, f"a {name}" if named else None) for label, name in enumerate(["red", "green", "blue"])] * 2
     assert float(trainer.callback_metrics["val/clip_score"]) == 20.0
 
 
