@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import ornstein
 from ornstein.cli.autoencoder import check_words, measure_codec
 from ornstein.cli.compose import compose_train
-from ornstein.codecs import read_metadata
+from ornstein.codecs import bundled_path, read_metadata
 from ornstein.errors import OrnsteinError
 
 SMALL = [
@@ -200,3 +201,17 @@ def test_a_pretrained_codec_trains_and_its_measured_scale_comes_back(vae: Path, 
     measure_codec(run.module, data, run.module.device)
     # The same images in batches of another size: a rounding of sums in float64.
     torch.testing.assert_close(run.module.codec.scale, scale, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("recipe", "kind"), [("kl_digits", "kl"), ("vq_digits", "vq")])
+def test_a_bundled_codec_says_that_its_recipe_made_it(compose, recipe, kind):
+    """A recipe that is changed without training anew, or a file that is replaced by hand, shows here."""
+    cfg = compose(f"experiment={recipe}")
+    made = read_metadata(bundled_path(kind))
+    assert (made["kind"], made["data"], made["seed"]) == (kind, "digits", cfg.seed)
+    assert (made["steps"], made["images_seen"]) == (
+        cfg.trainer.max_steps,
+        cfg.trainer.max_steps * cfg.data.batch_size,
+    )
+    assert {key: made["loss"][key] for key in cfg.model.loss} == OmegaConf.to_container(cfg.model.loss)
+    assert instantiate(cfg.model.network).config == made["config"]
