@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ornstein
+from ornstein.cli.ema import make, parse
 from ornstein.cli.launch import find_mistake
 from ornstein.cli.resume import prepare_resume
 from ornstein.cli.train import train
@@ -275,6 +277,33 @@ def test_a_learned_schedule_comes_back_with_the_weights_that_learned_under_it(co
     assert any(not torch.equal(trained[name], averages[name]) for name in averages), "it learns"
     for weights, expected in (("ema", averages), ("model", trained)):
         assert_same(dict(ornstein.load(folder, weights=weights).module.schedule.state_dict()), expected, weights)
+
+
+def test_averages_of_several_lengths_come_back_and_make_others(compose, tiny, tmp_path, capsys):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    settings = [*tiny(), "ema=power", "ema.stds=[0.1,0.2]", "ema.snapshot_every=2", "lr_schedule=constant"]
+    train(compose(*settings, "trainer.max_steps=6", run_dir=whole))
+    train(compose(*settings, run_dir=folder))
+    resume_here(compose, folder, "trainer.max_steps=6")
+    assert_same(state(folder)["callbacks"]["EMA"], state(whole)["callbacks"]["EMA"])
+    names = [path.name for path in sorted((whole / "ema").iterdir())]
+    assert names == [f"step_00000{step}_std_0.{std}00.safetensors" for step in (2, 4, 6) for std in (1, 2)]
+    for name in names:  # to the bit
+        assert_same(load_file(folder / "ema" / name), load_file(whole / "ema" / name), name)
+
+    # The length that was kept is the run's own average; others are made of both, and a file says the same.
+    own = state(folder)["callbacks"]["EMA"]["network"]
+    kept = ornstein.load(folder, weights="0.1").module.network.state_dict()
+    assert all(torch.allclose(kept[name], value, atol=1e-6) for name, value in own.items()), "mixed in float64"
+    make(parse([f"run={folder}", "std=0.15"]))
+    (file,) = (folder / "ema").glob("average_*")
+    between = ornstein.load(folder, weights="0.15").module.network.state_dict()
+    assert all(torch.equal(between[name.partition(".")[2]], value) for name, value in load_file(file).items())
+    assert "at steps 2, 3, 4, 6" in capsys.readouterr().out
+    with pytest.raises(OrnsteinError, match="weights=averaged is unknown: choose ema, model, or the length"):
+        ornstein.load(folder, weights="averaged")
+    with pytest.raises(OrnsteinError, match=r"std=seven.*: std takes numbers"):
+        parse([f"run={folder}", "std=seven"])
 
 
 def test_another_option_of_an_open_group_is_taken_whole(compose, tiny, tmp_path):

@@ -29,7 +29,7 @@ Writes a trained model for others to use, with a model card.
   format=torch_export   the network alone, for torch.export.load
   out=FOLDER            where to; export/FORMAT in the run's folder unless given
   overwrite=true        replace an export that is there
-  weights=ema           ema: averaged weights where the run has them; model: as trained
+  weights=ema           ema: averaged where the run has averages; model: as trained; 0.1: over that length (ema=power)
   checkpoint=last       last or best, where run is a folder
   merge=true            add adapters (LoRA) to the weights that they adapt; false keeps them apart
   evaluation=FOLDER     outputs/evaluate/DATE/TIME, whose figures go into the card
@@ -252,13 +252,13 @@ def _facts(
     config["data"] = {key: value for key, value in resolved["data"].items() if key not in ("root", "latents")}
     config["trainer"] = {"max_steps": resolved["trainer"].get("max_steps")}
     config["init"] = {**(resolved.get("init") or {}), "from": None}
-    averaged = request.weights == "ema" and bool(config.get("ema"))
+    kind = request.weights if config.get("ema") else "model"
     return Facts(
         name=name,
         format=request.format,
         config=config,
         parameters=count_parameters(module.network),
-        weights="ema" if averaged else "model",
+        weights=kind if kind in ("ema", "model") else f"ema (std {kind})",
         images_seen=module.images_seen,
         version=__version__,
         summary=RunDirectory(stored.folder, create=False).summary(),

@@ -40,7 +40,8 @@ def load(
     Args:
         run: ``outputs/train/<date>/<time>`` or a ``.ckpt`` file.
         checkpoint: last or best, where ``run`` is a folder.
-        weights: ema (averaged where the run has averages) or model.
+        weights: ema (averaged where the run has averages), model, or the length of a power-function average (0.1) of a
+            run with ema=power.
         device: such as cuda; the GPU where there is one unless given.
         trust_targets: prefixes of classes outside this package that the run's config may name.
 
@@ -180,9 +181,9 @@ def restore(
 
     from ornstein.cli.build import build_module
     from ornstein.experiment import AtomicCheckpointIO
+    from ornstein.training.posthoc import averaged_weights
 
-    if weights not in ("ema", "model"):
-        raise OrnsteinError(f"weights={weights} is unknown: choose ema or model.")
+    std = power_length(weights)
     check_scheduler_name(cfg)
     check_targets(cfg, trust_targets)
     path = stored.checkpoint_path(checkpoint)
@@ -194,6 +195,8 @@ def restore(
         module = build_module(cfg, training=False)
         module.held_out = held_out_of(cfg)
     averages = state.get("callbacks", {}).get("EMA", {}) if weights == "ema" else {}
+    if std is not None:
+        averages = {part: _whole(module, part, found) for part, found in averaged_weights(stored.folder, std).items()}
     try:
         if path == stored.converted:
             module.network.load_state_dict(state["network"])
@@ -212,6 +215,28 @@ def restore(
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     restored: DiffusionModule = module.to(target).eval().requires_grad_(False)
     return restored
+
+
+def power_length(weights: str | float) -> float | None:
+    """The length that ``weights=0.1`` asks for; None for ``ema`` and ``model``.
+
+    Raises:
+        OrnsteinError: none of these.
+    """
+    if weights in ("ema", "model"):
+        return None
+    try:
+        return float(weights)
+    except ValueError:
+        raise OrnsteinError(
+            f"weights={weights} is unknown: choose ema, model, or the length of an average, such as 0.1, of a run with "
+            "ema=power."
+        ) from None
+
+
+def _whole(module: Any, part: str, averaged: dict[str, Any]) -> dict[str, Any]:
+    """Averages hold what can be averaged; counters and the like are the model's."""
+    return getattr(module, part).state_dict() | averaged
 
 
 def _read_converted(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _AROUND = {
     "adapter": ("ornstein.training.adapters.",),
     "optimizer": ("torch.optim.",),
     "lr_schedule": ("torch.optim.lr_scheduler.",),
-    "ema": ("ornstein.training.ema.",),
+    "ema": ("ornstein.training.ema.", "ornstein.training.power_ema."),
     "callbacks": ("ornstein.training.callbacks.", "lightning.pytorch.callbacks."),
     "logger": ("lightning.pytorch.loggers.",),
     "trainer": tuple(f"lightning.pytorch.{part}." for part in ("accelerators", "plugins", "profilers", "strategies")),

@@ -42,6 +42,7 @@ class EMA(pl.Callback):
         self._last_step = -1
         self._averaged: list[Tensor] = []
         self._current: list[Tensor] = []
+        self._names: list[str] = []
 
     def current_decay(self) -> float:
         """The rate that the next update uses."""
@@ -62,16 +63,17 @@ class EMA(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the averages to the device and pairs each with its weight, once."""
         assert self.network is not None and isinstance(pl_module, TrainingModule)
-        copies: list[tuple[nn.Module, nn.Module]] = [(self.network, pl_module.network)]
+        copies: list[tuple[str, nn.Module, nn.Module]] = [("network", self.network, pl_module.network)]
         if self.schedule is not None and isinstance(pl_module, DiffusionModule):
-            copies.append((self.schedule, pl_module.schedule))
-        self._averaged, self._current = [], []
-        for average, trained in copies:
+            copies.append(("schedule", self.schedule, pl_module.schedule))
+        self._averaged, self._current, self._names = [], [], []
+        for part, average, trained in copies:
             average.to(pl_module.device)
-            averaged, current = _tensors(average), _tensors(trained)
-            floating = [(a, c.detach()) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
-            self._averaged += [a for a, _ in floating]
-            self._current += [c for _, c in floating]
+            for (name, own), (_, current) in zip(_tensors(average), _tensors(trained), strict=True):
+                if own.is_floating_point():
+                    self._names.append(f"{part}.{name}")
+                    self._averaged.append(own)
+                    self._current.append(current.detach())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes up the count where a checkpoint left it, which ``on_fit_start`` does not know yet."""
@@ -104,5 +106,5 @@ class EMA(pl.Callback):
             self.schedule.load_state_dict(state_dict["schedule"])
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]

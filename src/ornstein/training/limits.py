@@ -33,10 +33,16 @@ def _choice(*options: str) -> Rule:
 _EVERY = _whole(1)
 _EVERY_OR_NEVER = _or_null(_EVERY)
 _RATE: Rule = (lambda value: isinstance(value, int | float) and 0 <= value < 1, "a number in [0, 1)")
+MAX_STD = 0.28  # of the flattest power-function average, gamma = 0, it is 1 / sqrt(12)
+_LENGTHS: Rule = (
+    lambda value: len(set(value)) == len(value) > 1 and all(0 < std <= MAX_STD for std in value),
+    f"two different numbers at least, each in (0, {MAX_STD}], such as [0.05,0.1]",
+)
 
 # Class -> what its options are called on the command line, and the rule of each.
 LIMITS: Mapping[str, tuple[str, Mapping[str, Rule]]] = {
     "EMA": ("ema", {"decay": _RATE, "every": _EVERY}),
+    "PowerEMA": ("ema", {"every": _EVERY, "snapshot_every": _EVERY, "stds": _LENGTHS}),
     "NonFiniteGuard": ("callbacks.nonfinite", {"every": _EVERY}),
     "TrainingLog": ("callbacks.log", {"every": _EVERY, "levels_every": _EVERY_OR_NEVER}),
     "Validation": ("callbacks.validation", {"every": _EVERY_OR_NEVER, "max_batches": _or_null(_whole(1))}),
