@@ -1,8 +1,10 @@
 """Small made data sets, and a machine on which no real one can be found."""
 
 import gzip
+import io
 import json
 import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,3 +103,52 @@ def emoji_package(tmp_path: Path) -> Path:
         table.append(row)
     (package / "emoji.json").write_text(json.dumps(table), encoding="utf-8")
     return package
+
+
+def numbered_picture(number: int) -> bytes:
+    """A PNG of noise of its own, 12 x 10."""
+    pixels = np.random.default_rng(number).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def tar_file(tmp_path: Path) -> Make:
+    """Writes a tar file of members by name, in order."""
+
+    def make(name: str, members: dict[str, bytes], *, mode: str = "w") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, mode) as tar:
+            for member, content in members.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def tar_shards(tmp_path: Path, tar_file: Make) -> Callable[..., Path]:
+    """Writes a folder of shards of so many samples each, numbered through: image, class, caption and JSON."""
+
+    def make(counts: list[int], name: str = "shards", *, classes: int = 3, first: int = 0) -> Path:
+        number = first
+        for shard, count in enumerate(counts):
+            members = {}
+            for each in range(number, number + count):
+                label = str(each % classes)
+                about = {"label": each % classes, "about": {"caption": f"json {each}"}}
+                members |= {
+                    f"{each:05d}.png": numbered_picture(each),
+                    f"{each:05d}.cls": label.encode(),
+                    f"{each:05d}.txt": f"picture {each}".encode(),
+                    f"{each:05d}.json": json.dumps(about).encode(),
+                }
+            tar_file(f"{name}/t-{shard:03d}.tar", members)
+            number += count
+        return tmp_path / name
+
+    return make

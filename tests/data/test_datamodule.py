@@ -19,7 +19,11 @@ Make = Callable[..., Path]
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 FACTS = {"image_size", "channels", "num_classes", "class_names", "sigma_data", "flip", "features"}
-LOADING = {"batch_size", "eval_batch_size", "num_workers", "limit", "seed"}
+LOADING = {"batch_size", "eval_batch_size", "num_workers", "seed"}
+CHOOSING = {"limit", "limit_reference", "balanced", "overlap"}
+# Those of which this file makes small copies; the others have tests of their own: test_published.py, test_hf.py, ...
+COPIED = {"digits", "emoji", "fashion_mnist", "image_folder", "mnist"}
+STREAMED = {"webdataset"}
 
 
 def made(name: str, **overrides: Any) -> DataModule:
@@ -37,6 +41,19 @@ def indices(module: DataModule, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_config_says_what_a_data_module_wants(name: str) -> None:
+    """The facts of the data and how they are served; the first line a comment, no key without a default."""
+    text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+    group = OmegaConf.create(text)
+    assert text.startswith("#") and "???" not in text
+    assert set(group) >= FACTS | LOADING | (set() if name in STREAMED else CHOOSING)
+    if name not in STREAMED:
+        # Latents alone show no images to compare.
+        overlap = "allow" if name == "latents" else "drop"
+        assert (group.balanced, group.overlap, group.limit_reference, group.limit) == (False, overlap, "whole", None)
+
+
+@pytest.mark.parametrize("name", sorted(COPIED))
 def test_every_config(
     name: str, bare_machine: Path, idx_folder: Make, picture_folder: Make, emoji_package: Path
 ) -> None:
@@ -51,7 +68,6 @@ def test_every_config(
     if name == "image_folder":
         del overrides["download"]
     group = OmegaConf.load(CONF / f"{name}.yaml")
-    assert set(group) >= FACTS | LOADING
     with warnings.catch_warnings():
         # Noise has another spread than the real data whose sigma_data the config states.
         warnings.filterwarnings("ignore", message="data.sigma_data")

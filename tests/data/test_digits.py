@@ -118,7 +118,7 @@ def test_pickles() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "test"}, "no split 'test'"),
+        ({"split": "test"}, "no test split: set data.test_fraction"),
         ({"split": "val", "image_size": 0}, "image_size=0"),
         ({"split": "val", "channels": 2}, "channels=2"),
     ],

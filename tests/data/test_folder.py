@@ -7,13 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ornstein.data import ImageFolder
+from ornstein.data.base import SPLITS, NoSplit
 from ornstein.data.describe import class_names, count_classes, measure_sigma_data
 from ornstein.data.images import load_image
 from ornstein.errors import OrnsteinError
 
 Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports and what is known of files stay in the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own-cache"))
 
 
 def both(root: Path, **options: object) -> tuple[ImageFolder, ImageFolder]:
@@ -56,6 +64,24 @@ def test_one_folder_is_no_class(picture_folder: Make, counts: dict) -> None:
     root = picture_folder(counts)
     assert count_classes(root) is None
     assert both(root)[0].num_classes is None
+
+
+def test_three_given_splits(picture_folder: Make) -> None:
+    """`test` is a split of its own where val has another name; without it there is none."""
+    root = picture_folder({"train": 5, "valid": 3, "test": 4})
+    assert [len(ImageFolder(split=split, root=str(root), image_size=8)) for split in SPLITS] == [5, 3, 4]
+    with pytest.raises(NoSplit, match="add a folder test"):
+        ImageFolder(split="test", root=str(picture_folder({"train": 5, "test": 3}, name="two")), image_size=8)
+
+
+def test_three_made_splits(picture_folder: Make) -> None:
+    """A share of the images for test, apart from the others; none unless asked for."""
+    root = picture_folder({"": 40})
+    parts = [ImageFolder(split=split, root=str(root), image_size=8, test_fraction=0.25) for split in SPLITS]
+    assert [len(part) for part in parts] == [26, 4, 10]
+    assert len({path for part in parts for path in part.paths}) == 40
+    with pytest.raises(NoSplit, match=r"data\.test_fraction"):
+        ImageFolder(split="test", root=str(root), image_size=8)
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
@@ -101,13 +127,15 @@ def test_storage_is_a_matter_of_speed_alone(bare_machine: Path, picture_folder: 
     assert len(pickle.dumps(both(root, storage="mapped")[0].images)) < 500
     maps = list((bare_machine / "cache").rglob("*"))
     assert sorted(path.suffix for path in maps if path.is_file()) == [".npy", ".npy"]
+    with pytest.raises(OrnsteinError, match="auto, memory, mapped, lazy, unchecked"):
+        both(root, storage="ram")
 
 
 def test_auto_storage_maps_what_is_large(
     bare_machine: Path, picture_folder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Above the limit, `auto` makes a memory map."""
-    monkeypatch.setattr("ornstein.data.folder.MEMORY_LIMIT", 100)
+    monkeypatch.setattr("ornstein.data.stored.MEMORY_LIMIT", 100)
     both(picture_folder({"": 5}))
     assert list((bare_machine / "cache").rglob("*.npy"))
 
@@ -130,44 +158,15 @@ def test_no_room_for_the_map(bare_machine: Path, picture_folder: Make, monkeypat
         both(picture_folder({"": 5}), storage="mapped")
 
 
-def test_damaged_images_are_counted_and_ten_named(picture_folder: Make) -> None:
-    """12 broken of 60: the first ten by name, the rest by number; nothing is left in the cache."""
-    root = picture_folder({"": 60})
-    for path in sorted(root.glob("*.png"))[:12]:
-        path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(OrnsteinError) as caught:
-        for dataset in both(root, val_fraction=0.01):
-            len(dataset)
-    message = str(caught.value)
-    assert message.count(".png:") == 10 and "2 more" in message and "12 image(s)" in message
-
-
-def test_damage_leaves_no_map(bare_machine: Path, picture_folder: Make) -> None:
-    """A memory map that could not be finished is not there."""
-    root = picture_folder({"": 5})
-    for path in root.glob("*.png"):
-        path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(OrnsteinError, match="cannot be read"):
-        both(root, storage="mapped")
-    assert not [path for path in (bare_machine / "cache").rglob("*") if path.is_file()]
-
-
-def test_empty_files_are_named(picture_folder: Make) -> None:
-    """Whatever the storage, before anything is decoded."""
-    root = picture_folder({"": 4})
-    (root / "001.png").write_bytes(b"")
-    with pytest.raises(OrnsteinError, match=r"1 image.*001\.png: the file is empty"):
-        both(root, storage="lazy")
-
-
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
         (lambda root: root / "missing", "does not exist"),
         (lambda root: root / "a" / "000.png", "is a file"),
         (lambda root: (root / "void").mkdir() or root / "void", "holds no images"),
+        (lambda root: (root / "pictures.png").mkdir() or root / "pictures.png", "holds no images"),
     ],
-    ids=["missing", "file", "empty"],
+    ids=["missing", "file", "empty", "empty-and-named-like-a-file"],
 )
 def test_wrong_roots(picture_folder: Make, prepare: object, message: str) -> None:
     """One sentence with the folder in it."""
@@ -199,14 +198,48 @@ def test_val_class_that_train_lacks(picture_folder: Make) -> None:
         both(picture_folder({"train/a": 3, "train/b": 3, "val/c": 2}))
 
 
-def test_unknown_storage(picture_folder: Make) -> None:
-    """The message lists what there is."""
-    with pytest.raises(OrnsteinError, match="auto, memory, mapped, lazy"):
-        both(picture_folder({"": 3}), storage="ram")
-
-
 def test_sigma_data_is_the_standard_deviation(picture_folder: Make) -> None:
     """Against numpy over all pixels; float64 sums agree to rounding."""
     train = both(picture_folder({"": 25}))[0]
     x = train.images[np.arange(len(train))] / 127.5 - 1
     assert measure_sigma_data(train) == pytest.approx(x.std(), rel=1e-10)
+
+
+def test_keys_are_kept_for_as_long_as_a_file_stays(
+    bare_machine: Path, picture_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashes of files are read from the cache, and are those of the whole content, not of its beginning alone."""
+    monkeypatch.setattr("ornstein.data.files.WORTH_KEEPING", 1)
+    root = picture_folder({"train": 6, "val": 4})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
+    image.save(root / "train" / "long.bmp")
+    image.putpixel((0, 0), (1, 2, 3))  # the last row of a BMP file is the first
+    image.save(root / "val" / "long.bmp")
+    before = [dataset.content_keys for dataset in both(root)]
+    assert not {key.tobytes() for key in before[0]} & {key.tobytes() for key in before[1]}
+    with monkeypatch.context() as patch:
+        patch.setattr("ornstein.data.files._keys", lambda path: pytest.fail(f"{path} is read again"))
+        for found, expected in zip(both(root), before, strict=True):
+            np.testing.assert_array_equal(found.content_keys, expected)
+    shutil.copy(root / "train" / "000.png", root / "val" / "copy.png")
+    keys = [{key.tobytes() for key in dataset.content_keys} for dataset in both(root)]
+    assert len(keys[0] & keys[1]) == 1
+
+
+def test_crops(bare_machine: Path, picture_folder: Make) -> None:
+    """Each has its pixels, fingerprint and memory map; "none" names what has another size."""
+    root = picture_folder({"": 12})
+    found = {}
+    for crop in ("adm", "edm", "stretch"):
+        train = both(root, crop=crop, storage="mapped")[0]
+        expected = load_image(train.paths[2], size=8, crop=crop)
+        np.testing.assert_array_equal(train.batch([2])["image"][0].numpy(), expected)
+        found[train.fingerprint] = train.images.path
+    assert len(found) == len(set(found.values())) == 3
+    for number, path in enumerate(sorted(root.iterdir())):
+        if number > 1:
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    with pytest.raises(OrnsteinError, match=r"^2 images .*000\.png: it is \d+ x \d+ and data\.crop=none takes 8 x 8"):
+        both(root, crop="none")
+    with pytest.raises(OrnsteinError, match=r"data\.crop=middle"):
+        both(root, crop="middle")

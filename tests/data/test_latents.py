@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -455,3 +457,18 @@ def test_reduced_precision_runs_the_codec_in_it() -> None:
     assert found[1].dtype == torch.float32
     error = (found[0] - found[1]).abs().max()
     assert 1e-4 < error < 0.1  # bfloat16 keeps 8 bits
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told in a sentence, and gone on with when there is room."""
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OrnsteinError, match=r"the disk of out=.* is full"):
+            write(tmp_path, Tiny())
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"index.json", ".lock"}
+    write(tmp_path, Tiny())
+    assert len(Latents(tmp_path, "train")) == 23

@@ -5,7 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from ornstein.data import EndlessBatches, OrderedBatches
+from ornstein.data import BalancedBatches, EndlessBatches, OrderedBatches
+from ornstein.data.sampling import equally_many, evenly_spaced
 from ornstein.errors import OrnsteinError
 
 
@@ -74,3 +75,63 @@ def test_refusals(arguments: dict) -> None:
     """Numbers out of range."""
     with pytest.raises(OrnsteinError):
         EndlessBatches(**{"seed": 0, **arguments})
+
+
+LABELS = np.array([0] * 40 + [1] * 7 + [3] * 2 + [4])
+
+
+def stream(batch: int, count: int, **arguments: int) -> np.ndarray:
+    """The first `count` images of the balanced order."""
+    order = BalancedBatches(LABELS, batch, **{"seed": 3, **arguments})
+    return np.concatenate(list(islice(order, -(-count // batch))))[:count]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 13, 100])
+def test_balanced_rounds(batch: int) -> None:
+    """Every four images hold one of each class, whatever the batch size; each pass through a class is a permutation."""
+    images = stream(batch, 4 * 80)
+    rounds = LABELS[images].reshape(80, 4)
+    assert (np.sort(rounds, axis=1) == [0, 1, 3, 4]).all(), "a class without images is left out"
+    assert len({row.tobytes() for row in rounds[:24]}) > 4, "the order within a round changes"
+    for label, members in ((0, 40), (1, 7), (3, 2)):
+        own = images[LABELS[images] == label]
+        passes = own[: len(own) // members * members].reshape(-1, members)
+        assert (np.sort(passes, axis=1) == np.flatnonzero(label == LABELS)).all()
+        if label == 1:
+            assert len({each.tobytes() for each in passes}) > 5
+    assert np.array_equal(images, stream(7, 4 * 80))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 1, 9, 10**6])
+def test_balanced_resume_and_ranks(world: int, start: int) -> None:
+    """Starting at batch n is skipping n; the ranks together are one process with the whole batch."""
+    ranks = []
+    for rank in range(world):
+        arguments = {"seed": 5, "rank": rank, "world_size": world}
+        resumed = list(islice(BalancedBatches(LABELS, 6, **arguments, start_batch=start), 5))
+        ranks.append(resumed)
+        order = BalancedBatches(LABELS, 6, **arguments)
+        np.testing.assert_array_equal([order.indices(start + number) for number in range(5)], resumed)
+        if start < 100:
+            np.testing.assert_array_equal(list(islice(order, start, start + 5)), resumed)
+    whole = list(islice(BalancedBatches(LABELS, 6 * world, seed=5, start_batch=start), 5))
+    np.testing.assert_array_equal(whole, np.concatenate(ranks, axis=1))
+
+
+def test_balanced_seeds_differ() -> None:
+    assert len({stream(4, 40, seed=seed).tobytes() for seed in range(20)}) == 20
+
+
+def test_equally_many() -> None:
+    """The same number of each class that has any, one more of the first ones; spread over each; sorted."""
+    labels = np.array([0, 1, 2, 4] * 30)
+    rows = equally_many(labels, 10, class_names="abcde")
+    assert np.bincount(labels[rows]).tolist() == [3, 3, 2, 0, 2]
+    assert (np.diff(rows) > 0).all() and rows.min() < 20 and rows.max() > 60
+    assert np.array_equal(equally_many(labels, 120, class_names="abcde"), np.arange(120))
+    with pytest.raises(OrnsteinError, match=r"class 'e' has 1: set data\.limit=4 or less"):
+        equally_many(LABELS, 8, class_names="abcde")
+    with pytest.raises(OrnsteinError, match=r"4 classes: set data\.limit to 4 or more"):
+        equally_many(LABELS, 3, class_names="abcde")
+    assert evenly_spaced(100, 4).tolist() == [0, 25, 50, 75]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ornstein.data.splits import content_key, val_mask
+from ornstein.data.base import SPLITS, NoSplit
+from ornstein.data.splits import content_key, official_part, official_rows, split_mask, val_mask
 from ornstein.errors import OrnsteinError
 
 
@@ -54,3 +55,64 @@ def test_too_few(items: list[bytes]) -> None:
     """One image, however often, makes no two splits."""
     with pytest.raises(OrnsteinError, match="cannot be split"):
         val_mask(items, 0.5)
+
+
+@pytest.mark.parametrize(("val_fraction", "test_fraction"), [(0.1, 0.1), (0.2, 0.5), (0.01, 0.01), (0.5, 0.49)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_three_way_split_leaves_val_as_it_was(val_fraction: float, test_fraction: float, grouped: bool) -> None:
+    """Every item in one split, copies together, val that of the two-way split, shares as asked for."""
+    items = keys(300) + keys(60)
+    groups = [number % 3 for number in range(300)] + [number % 3 for number in range(60)] if grouped else None
+    fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction, "groups": groups}
+    masks = {split: split_mask(items, split, **fractions) for split in SPLITS}
+    assert (sum(mask.astype(int) for mask in masks.values()) == 1).all()
+    assert np.array_equal(masks["val"], val_mask(items, val_fraction, groups=groups))
+    assert abs(masks["test"][:300].sum() - 300 * test_fraction) <= 3
+    for mask in masks.values():
+        assert np.array_equal(mask[300:], mask[:60])
+    two = split_mask(items, "train", val_fraction=val_fraction, groups=groups)
+    assert np.array_equal(two, ~masks["val"]) and (masks["train"] <= two).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments", "fault", "message"),
+    [
+        (10, {"split": "test", "val_fraction": 0.1}, NoSplit, r"data\.test_fraction"),
+        (10, {"split": "val", "val_fraction": 0.5, "test_fraction": 0.5}, OrnsteinError, "nothing to train on"),
+        (10, {"split": "val", "val_fraction": 0.5, "test_fraction": -0.1}, OrnsteinError, r"data\.test_fraction=-0\.1"),
+        (2, {"split": "test", "val_fraction": 0.1, "test_fraction": 0.1}, OrnsteinError, "fewer than three"),
+    ],
+)
+def test_three_way_refusals(count: int, arguments: dict, fault: type, message: str) -> None:
+    with pytest.raises(fault, match=message):
+        split_mask(keys(count), **arguments)
+
+
+def test_three_items_make_three_splits() -> None:
+    """At least one each, whatever the fractions."""
+    sides = [split_mask(keys(3), split, val_fraction=0.01, test_fraction=0.01).sum() for split in SPLITS]
+    assert sides == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("val_from", "parts"),
+    [("test", {"train": "train", "val": "test"}), ("train", {"train": "train", "val": "train", "test": "test"})],
+)
+def test_official_parts(val_from: str, parts: dict) -> None:
+    """What a data set published in two parts serves as which split."""
+    for split in SPLITS:
+        if split in parts:
+            assert official_part(split, val_from, name="x") == parts[split]
+        else:
+            with pytest.raises(NoSplit, match=r"data\.val_from=train"):
+                official_part(split, val_from, name="x")
+    with pytest.raises(OrnsteinError, match=r"data\.val_from=both"):
+        official_part("val", "both", name="x")
+
+
+def test_official_rows_read_keys_only_where_needed() -> None:
+    untouched = lambda: pytest.fail("read")  # noqa: E731
+    for split, val_from in (("train", "test"), ("val", "test"), ("test", "train")):
+        assert official_rows(untouched, split, val_from, val_fraction=0.1) is None
+    train, val = (official_rows(lambda: keys(50), split, "train", val_fraction=0.2) for split in ("train", "val"))
+    assert len(val) == 10 and np.array_equal(np.sort(np.concatenate([train, val])), np.arange(50))

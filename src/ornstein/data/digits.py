@@ -2,13 +2,14 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from ornstein.data.base import ImageDataset, checked_split
+from ornstein.data.base import SPLITS, ImageDataset, Split, checked_split
 from ornstein.data.captions import DIGIT_WORDS, from_classes
 from ornstein.data.images import check_size, resize_array, to_channels
-from ornstein.data.splits import content_key, val_mask
+from ornstein.data.splits import content_key, split_mask
 from ornstein.errors import OrnsteinError
 
 NATIVE_SIZE = 8
@@ -22,12 +23,15 @@ class Digits(ImageDataset):
     for ever; the scans hold no duplicate, so the split is disjoint in content too.
 
     Args:
-        split: "train" or "val".
+        split: "train", "val" or "test".
+        test_fraction: share that test takes of train; 0: there is no test split. Val stays the same.
         image_size: 8 is native; any other size is resized bicubically.
         channels: 1, or 3 for equal ones.
         labels: False leaves the labels out.
         caption_template: captions from the digits in words, `{}` being their place; None leaves captions out.
     """
+
+    splits: ClassVar[tuple[Split, ...]] = SPLITS
 
     def __init__(
         self,
@@ -37,12 +41,14 @@ class Digits(ImageDataset):
         channels: int = 1,
         labels: bool = True,
         caption_template: str | None = None,
+        test_fraction: float = 0.0,
     ) -> None:
-        chosen = checked_split(split)
+        chosen = checked_split(split, self.splits)
         check_size(image_size, name="digits")
         scans, digits = read_scans()
-        held_out = val_mask([content_key(scan.tobytes()) for scan in scans], VAL_FRACTION, groups=digits.tolist())
-        rows = np.flatnonzero(held_out == (chosen == "val"))
+        keys = [content_key(scan.tobytes()) for scan in scans]
+        fractions = {"val_fraction": VAL_FRACTION, "test_fraction": test_fraction}
+        rows = np.flatnonzero(split_mask(keys, chosen, groups=digits.tolist(), **fractions))
         images = np.rint(scans[rows].astype(np.float64) * (255 / 16)).astype(np.uint8)
         super().__init__(
             to_channels(resize_array(images.reshape(-1, 1, NATIVE_SIZE, NATIVE_SIZE), image_size), channels),

@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ornstein.data.base import ImageDataset, checked_split
+from ornstein.data.base import SPLITS, ImageDataset, Split, checked_split
 from ornstein.data.fetch import announce, npm_members, places
 from ornstein.data.images import check_channels, check_size, load_image
-from ornstein.data.splits import content_key, val_mask
+from ornstein.data.splits import content_key, split_mask
 from ornstein.errors import OrnsteinError
 
 PACKAGE, VERSION = "emoji-datasource-google", "16.0.0"
@@ -44,13 +44,14 @@ class Emoji(ImageDataset):
     another, is in val.
 
     Args:
-        split: "train" or "val".
+        split: "train", "val" or "test".
         image_size: 64 is native; any other size is resized.
         channels: 3 (RGB) or 1 (grey).
         root: the unpacked npm package (the folder of `emoji.json`); None looks in
             `ornstein.data.fetch.places`.
         skin_tones: with the 1,875 skin-tone variants beside the 1,906 base emoji.
         val_fraction: share of the base emoji held out.
+        test_fraction: share of them that test takes of train; 0: there is no test split. Val stays the same.
         download: fetch the package where it is not found.
         labels: False leaves the labels out.
 
@@ -58,6 +59,7 @@ class Emoji(ImageDataset):
         OrnsteinError: no package, or a damaged one; the sentence says which folder to fill, and from what.
     """
 
+    splits: ClassVar[tuple[Split, ...]] = SPLITS
     CLASSES = (
         "Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body",
         "Smileys & Emotion", "Symbols", "Travel & Places",
@@ -72,10 +74,11 @@ class Emoji(ImageDataset):
         root: str | None = None,
         skin_tones: bool = False,
         val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
         download: bool = True,
         labels: bool = True,
     ) -> None:
-        chosen = checked_split(split)
+        chosen = checked_split(split, self.splits)
         check_size(image_size, name="emoji")
         check_channels(channels)
         entries = list(read_entries(find_package(root, fetch=download), self.CLASSES))
@@ -85,8 +88,9 @@ class Emoji(ImageDataset):
             raise OrnsteinError(f"the emoji package is incomplete ({error}): unpack it again") from error
         if not skin_tones:
             entries = [entry for entry in entries if entry.image == entry.base]
-        held_out = val_mask([keys[entry.base] for entry in entries], val_fraction)
-        entries = [entries[row] for row in np.flatnonzero(held_out == (chosen == "val"))]
+        sides = [keys[entry.base] for entry in entries]
+        mask = split_mask(sides, chosen, val_fraction=val_fraction, test_fraction=test_fraction)
+        entries = [entries[row] for row in np.flatnonzero(mask)]
         super().__init__(
             np.stack([load_image(entry.image, size=image_size, channels=channels) for entry in entries]),
             name="emoji",

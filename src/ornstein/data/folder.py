@@ -1,52 +1,56 @@
-"""Any folder of images: decoded once, into memory or a memory map, or every time where disk is short."""
+"""Any folder of images: its files, their classes and splits, without those that cannot be read."""
 
-import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ornstein.data.base import ImageDataset, Images, Split, checked_split
+from ornstein.data.bad import Bad
+from ornstein.data.base import KEY_BYTES, SPLITS, ImageDataset, Images, RowsOf, Split, checked_split
+from ornstein.data.bucket_files import SomeOf, stored_alike, stored_somehow
+from ornstein.data.bucketed import BucketedImages
+from ornstein.data.buckets import bucket_shapes
 from ornstein.data.captions import check_template, from_classes, from_files
-from ornstein.data.describe import EXTENSIONS, class_names, find_root, image_files, parts_of
-from ornstein.data.fetch import cache_dir
-from ornstein.data.images import check_channels, check_size, load_image
-from ornstein.data.splits import content_key, val_mask
+from ornstein.data.describe import (
+    EXTENSIONS,
+    LABEL_FILE,
+    NAMED,
+    class_names,
+    find_root,
+    image_files,
+    label_file,
+    parts_of,
+    read_labels,
+    read_text,
+)
+from ornstein.data.files import content_of, split_files
+from ornstein.data.images import check_channels, check_size, checked_crop
+from ornstein.data.stored import Files, checked_storage, report_path, stored, verify
 from ornstein.errors import OrnsteinError
-
-Storage = Literal["auto", "memory", "mapped", "lazy"]
-STORAGES: tuple[Storage, ...] = ("auto", "memory", "mapped", "lazy")
-MEMORY_LIMIT = 1 << 28
-KEY_BYTES = 1 << 16
-NAMED = 10
-BAR_FROM = 2000
-# Part of the name of every memory map: a change of the decoding must not find maps of before.
-DECODING = "1"
 
 
 class ImageFolder(ImageDataset):
     """All images below a folder: png, jpg, webp, bmp, gif (first frame), tiff.
 
-    Classes are the names of the root's sub-folders, where there are at least two. Sub-folders `train` and
-    `val` (or `valid`, `validation`, `test`) are taken as the splits; otherwise the images are split by
-    content, so that a file and its copy stay on one side.
+    Classes are what a `dataset.json` in EDM's style says (in the root or in a split's folder), else the names of the
+    root's sub-folders, where there are at least two. Sub-folders `train` and `val` (or `valid`, `validation`, `test`)
+    are taken as the splits, `test` as a third where val has another name; otherwise the images are split by content,
+    so that a file and its copy stay on one side.
 
     Args:
-        split: "train" or "val".
+        split: "train", "val" or "test".
         root: the folder.
-        image_size: side of the square that `ornstein.data.images.center_square` makes of every image.
+        image_size: side of the square that is made of every image.
+        buckets: (height, width) of several shapes instead, of which each image gets the one nearest to its own; see
+            `ornstein.data.buckets.parse_buckets`.
         channels: 3 (RGB) or 1 (grey).
-        val_fraction: share of the images held out, where the folder does not say itself.
+        crop: how, see `ornstein.data.images.fit`.
+        val_fraction, test_fraction: shares of the images held out, where the folder does not say itself.
         labels: False leaves the classes out, True takes them if there are any.
-        storage: "memory" holds uint8 arrays; "mapped" decodes once into a file in the cache folder and maps
-            it, which any number of processes share; "lazy" decodes at every access (use `num_workers`);
-            "auto" is "memory" up to 256 MB, "mapped" above.
+        storage: see `ornstein.data.stored.stored`.
+        max_bad: how many images, of all splits together, may be left out since they cannot be read. They are named
+            in a warning and in a report in the cache folder.
         caption_files: captions from text files beside the images, `cat.txt` for `cat.png`.
         caption_template: captions from the classes' names, `{}` being their place; None leaves captions out.
         condition_root: a folder with one more image for each of these (a depth map, edges) at the same place
@@ -54,9 +58,12 @@ class ImageFolder(ImageDataset):
         condition_channels: of those, 1 (grey) or 3 (RGB).
 
     Raises:
-        OrnsteinError: no folder, no images, images that cannot be read (the first ten are named), images
-            outside the class folders, images without caption file or condition, or no room on the disk.
+        OrnsteinError: no folder, no images, more than `max_bad` that cannot be read (the first ten are named), a
+            wrong `dataset.json`, images outside the class folders, images without caption file or condition, or no
+            room on the disk.
     """
+
+    splits: ClassVar[tuple[Split, ...]] = SPLITS
 
     def __init__(
         self,
@@ -65,113 +72,101 @@ class ImageFolder(ImageDataset):
         root: str | None,
         image_size: int = 64,
         channels: int = 3,
+        crop: str = "adm",
         val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
         labels: bool = True,
         storage: str = "auto",
+        max_bad: int = 0,
         caption_files: bool = False,
         caption_template: str | None = None,
         condition_root: str | None = None,
         condition_channels: int = 1,
+        buckets: Any = None,
     ) -> None:
-        chosen = checked_split(split)
+        chosen = checked_split(split, self.splits)
         check_size(image_size, name="image_folder")
         check_channels(channels)
         check_channels(condition_channels, key="condition_channels")
         check_template(caption_template)
+        cut, way = checked_crop(crop), checked_storage(storage)
+        several = bucket_shapes(buckets, image_size=image_size)
         if caption_files and caption_template is not None:
             raise OrnsteinError("data.caption_files=true and data.caption_template both make captions: leave one out")
         folder = find_root(root)
+        bad = Bad(max_bad, where=f"data.root={folder}")
+        listed = _listed(folder)
+        found = split_files(
+            listed, chosen, root=folder, val_fraction=val_fraction, test_fraction=test_fraction, bad=bad
+        )
         names = class_names(folder) if labels else ()
-        base, paths, keys = _split_files(folder, chosen, val_fraction)
-        shape = (len(paths), channels, image_size, image_size)
-        classes = _labels(base, paths, names) if names else None
-        way = _checked_storage(storage)
-        conditions = None
+        classes = _classes(found.paths, chosen, folder, names) if names else None
+
+        shape = (len(found.paths), channels, image_size, image_size)
+        images, kept = stored_somehow(way, Files(found.paths, base=folder), shape, buckets=several, crop=cut, bad=bad)
+        conditions: Images | None = None
         if condition_root is not None:
-            partners = _partners(paths, folder, condition_root)
-            conditions = _stored(way, partners, (len(paths), condition_channels, image_size, image_size))
+            partners = Files(_partners(found.paths, folder, condition_root), base=Path(condition_root).parent)
+            if isinstance(images, BucketedImages):
+                own = SomeOf(partners, kept)
+                conditions, whole = stored_alike(images, way, own, channels=condition_channels, crop=cut, bad=bad)
+                whole = kept[whole]
+            else:
+                size = (len(partners), condition_channels, *shape[2:])
+                conditions, whole = stored(way, partners, size, crop=cut, bad=bad)
+            both = np.intersect1d(kept, whole)
+            images, conditions, kept = _narrowed(images, kept, both), _narrowed(conditions, whole, both), both
+        if bad.count and way != "unchecked":
+            # The limit counts over all splits, and one message names them all.
+            others = Files(found.others, base=folder)
+            verify(others, (len(others), *shape[1:]), crop=cut, bad=bad)
+            if condition_root is not None:
+                partners = Files(_partners(found.others, folder, condition_root), base=partners.base)
+                verify(partners, (len(others), condition_channels, *shape[2:]), crop=cut, bad=bad)
+        bad.settle(report_path(folder))
+        if not len(kept):
+            raise OrnsteinError(f"no {chosen} image of data.root={folder} is left: name another data.root")
+
+        self.paths = [found.paths[row] for row in kept.tolist()]
+        classes = None if classes is None else classes[kept]
         super().__init__(
-            _stored(way, paths, shape),
+            images,
             name="image_folder",
             split=chosen,
             labels=classes,
             class_names=names,
-            captions=from_files(paths) if caption_files else from_classes(caption_template, classes, names),
+            captions=from_files(self.paths) if caption_files else from_classes(caption_template, classes, names),
             conditions=conditions,
-            content=DECODING.encode() + b"".join(keys),
+            content=content_of(cut, found.keys[kept]),
+            keys=found.keys[kept, KEY_BYTES:],
         )
-        self.paths = paths
 
 
-class LazyImages:
-    """Image files that index like an array (N, C, H, W) and decode on the way out."""
-
-    def __init__(self, paths: Sequence[Path], shape: tuple[int, ...]) -> None:
-        self.paths = paths
-        self.shape = shape
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Decode the files at `rows`, (B,) or (B, 1...): uint8 (B, C, H, W)."""
-        _, channels, size, _ = self.shape
-        decoded = [load_image(self.paths[row], size=size, channels=channels) for row in np.ravel(rows).tolist()]
-        return np.stack(decoded) if decoded else np.empty((0, *self.shape[1:]), dtype=np.uint8)
-
-
-class MappedImages:
-    """A read-only memory map of a .npy file that indexes like an array; worker processes open it anew.
-
-    A numpy memory map would be pickled as its whole content.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._map = np.load(path, mmap_mode="r")
-        self.shape: tuple[int, ...] = self._map.shape
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Copy rows out: uint8 (B, C, H, W)."""
-        return np.asarray(self._map[rows])
-
-    def __reduce__(self) -> tuple[type["MappedImages"], tuple[Path]]:
-        """Pickle the path alone."""
-        return MappedImages, (self.path,)
-
-
-def _checked_storage(storage: str) -> Storage:
-    """`storage` itself, or an error that names what there is."""
-    for known in STORAGES:
-        if storage == known:
-            return known
-    raise OrnsteinError(f"data.storage={storage} does not exist: choose one of {', '.join(STORAGES)}")
-
-
-def _split_files(root: Path, split: Split, val_fraction: float) -> tuple[Path, list[Path], list[bytes]]:
-    """The folder that a split's class folders lie in, the split's files in order, and their content keys."""
+def _listed(root: Path) -> dict[Split, list[Path]]:
+    """The image files of each split that the folder says it has; of one whole that is ours to split, under train."""
     parts = parts_of(root)
-    base = parts.val if split == "val" else parts.train
-    paths = list(image_files(base))
-    if not paths:
-        raise OrnsteinError(f"{base} holds no images (png, jpg, webp, bmp, gif or tiff): name another data.root")
-    empty = [path for path in paths if path.stat().st_size == 0]
-    if empty:
-        raise OrnsteinError(_unreadable(base, [f"{path.relative_to(base)}: the file is empty" for path in empty]))
-    with ThreadPoolExecutor() as pool:
-        keys = list(pool.map(_file_key, paths))
+    folders: dict[Split, Path | None] = {"train": parts.train}
     if parts.given:
-        return base, paths, keys
-    held_out = val_mask(keys, val_fraction)
-    rows = np.flatnonzero(held_out == (split == "val")).tolist()
-    return base, [paths[row] for row in rows], [keys[row] for row in rows]
+        folders |= {"val": parts.val, "test": parts.test}
+    return {split: list(image_files(folder)) for split, folder in folders.items() if folder is not None}
 
 
-def _file_key(path: Path) -> bytes:
-    """Equal for copies of a file. Reads its beginning alone: unequal files with one key only share a side."""
-    with path.open("rb") as file:
-        return content_key(str(path.stat().st_size).encode() + file.read(KEY_BYTES))
+def _narrowed(images: Images, have: np.ndarray, wanted: np.ndarray) -> Images:
+    """Of an array whose rows are `have`, those that are `wanted`; both rise."""
+    if isinstance(images, BucketedImages):
+        return images.subset(np.searchsorted(have, wanted), RowsOf)
+    return images if len(have) == len(wanted) else RowsOf(images, np.searchsorted(have, wanted))
 
 
-def _labels(base: Path, paths: Sequence[Path], names: Sequence[str]) -> np.ndarray:
-    """The class of every file by the first folder on its way: int64 (N,)."""
+def _classes(paths: Sequence[Path], split: Split, root: Path, names: Sequence[str]) -> np.ndarray:
+    """The class of each file: int64 (N,), by `dataset.json` or by the first folder below the split's own."""
+    parts = parts_of(root)
+    base = {"train": parts.train, "val": parts.val, "test": parts.test}[split] or root
+    told = label_file(base, root)
+    if told is not None:
+        return _told_classes(paths, told, root, names)
+    if label_file(parts.train, root) is not None:
+        raise OrnsteinError(f"{base} has no {LABEL_FILE} and {parts.train} has one: add it")
     number = {name: index for index, name in enumerate(names)}
     firsts = [path.relative_to(base).parts for path in paths]
     loose = [str(path) for path, parts in zip(paths, firsts, strict=True) if len(parts) == 1]
@@ -184,6 +179,20 @@ def _labels(base: Path, paths: Sequence[Path], names: Sequence[str]) -> np.ndarr
     if unknown:
         raise OrnsteinError(f"{base} has classes that train has not ({', '.join(unknown[:NAMED])}): remove them")
     return np.array([number[parts[0]] for parts in firsts], dtype=np.int64)
+
+
+def _told_classes(paths: Sequence[Path], told: Path, root: Path, names: Sequence[str]) -> np.ndarray:
+    """The class of each file as a `dataset.json` says it, which must speak of all images beside it and no others."""
+    beside = [path for files in _listed(root).values() for path in files if path.is_relative_to(told.parent)]
+    called = [path.relative_to(told.parent).as_posix() for path in beside]
+    labels = read_labels(read_text(told), called, where=str(told))
+    if labels is None:
+        raise OrnsteinError(f"{told} has no labels (null) and train's file has: give it some")
+    by_path = dict(zip(beside, labels.tolist(), strict=True))
+    classes = np.array([by_path[path] for path in paths], dtype=np.int64)
+    if classes.max(initial=-1) >= len(names):
+        raise OrnsteinError(f"{told} has a label {classes.max()} and train has {len(names)} classes: remove it")
+    return classes
 
 
 def _partners(paths: Sequence[Path], root: Path, condition_root: str) -> list[Path]:
@@ -206,81 +215,3 @@ def _partners(paths: Sequence[Path], root: Path, condition_root: str) -> list[Pa
             f"{missing[0]} the first: add them, or leave data.condition_root out"
         )
     return found
-
-
-def _stored(storage: Storage, paths: list[Path], shape: tuple[int, ...]) -> Images:
-    """The images of the files in the way that was asked for."""
-    if storage == "lazy":
-        return LazyImages(paths, shape)
-    size = int(np.prod(shape, dtype=np.int64))
-    if storage == "memory" or (storage == "auto" and size <= MEMORY_LIMIT):
-        images = np.empty(shape, dtype=np.uint8)
-        _decode_into(images, paths)
-        return images
-    return _mapped(paths, shape)
-
-
-def _decode_into(images: np.ndarray, paths: Sequence[Path]) -> None:
-    """Decode all files into the rows of an array; a progress bar where there are many."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    _, channels, size, _ = images.shape
-
-    def decode(row: int) -> str | None:
-        try:
-            images[row] = load_image(paths[row], size=size, channels=channels)
-        except OrnsteinError as error:
-            return str(error)
-        return None
-
-    faults: list[str] = []
-    console = Console(stderr=True)
-    quiet = len(paths) < BAR_FROM or not console.is_terminal
-    # Pillow decodes and resizes outside the interpreter's lock, so threads do.
-    with ThreadPoolExecutor() as pool, Progress(console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task("decoding images", total=len(paths))
-        rows = iter(range(len(paths)))
-        while block := list(islice(rows, 256)):
-            faults.extend(fault for fault in pool.map(decode, block) if fault is not None)
-            progress.advance(task, len(block))
-    if faults:
-        raise OrnsteinError(_unreadable(Path(os.path.commonpath(paths)), faults))
-
-
-def _unreadable(folder: Path, faults: Sequence[str]) -> str:
-    """The sentence about files that cannot be read, the first ten by name."""
-    more = f", and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-    listed = "; ".join(faults[:NAMED])
-    return f"{len(faults)} image(s) below {folder} cannot be read ({listed}{more}): repair or remove them"
-
-
-def _mapped(paths: list[Path], shape: tuple[int, ...]) -> MappedImages:
-    """The images as a read-only memory map of a file in the cache folder, made if it is not there.
-
-    Its name is a digest of the files' paths, sizes and times and of how they are decoded; it appears whole or
-    not at all.
-    """
-    digest = hashlib.sha256(repr((DECODING, shape)).encode())
-    for path in paths:
-        stat = path.stat()
-        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    target = cache_dir() / "image_folder" / f"{digest.hexdigest()[:32]}.npy"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(target.parent).free
-        if needed > free:
-            raise OrnsteinError(
-                f"{needed >> 20} MB of decoded images do not fit into the {free >> 20} MB free at "
-                f"{target.parent}: set XDG_CACHE_HOME to a larger disk, or data.storage=lazy"
-            )
-        handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
-        os.close(handle)
-        try:
-            images = np.lib.format.open_memmap(name, mode="w+", dtype=np.uint8, shape=shape)
-            _decode_into(images, paths)
-            images.flush()
-            Path(name).replace(target)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    return MappedImages(target)

@@ -6,8 +6,6 @@ the images' labels and captions. A shard's JSON appears after its array, so that
 `ornstein.data.latents_write` writes them.
 """
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +19,19 @@ from torch.utils.data import Dataset
 from ornstein.codecs import Codec
 from ornstein.codecs.codec import sides_of
 from ornstein.data.base import ImageDataset, Split
+from ornstein.data.shards import (
+    CHECKED_BYTES,
+    Maps,
+    array_path,
+    damaged_index,
+    facts_path,
+    read_index,
+    whole_facts,
+)
 from ornstein.errors import OrnsteinError
 
 FORMAT = "ornstein.latents.1"
-INDEX = "index.json"
 COMMAND = "python -m ornstein.cli.encode"
-CHECKED_BYTES = 1 << 30
 Store = Literal["mean", "sample", "moments"]
 STORES: tuple[Store, ...] = ("mean", "sample", "moments")
 DTYPES = ("float32", "float16")
@@ -93,41 +98,19 @@ class Recipe:
         return asdict(self) | {"shape": list(self.shape)}
 
 
-def array_path(folder: Path, split: Split, number: int) -> Path:
-    """Where a shard's latents lie."""
-    return folder / split / f"{number:05d}.npy"
-
-
-def facts_path(folder: Path, split: Split, number: int) -> Path:
-    """Where a shard's checksum, labels and captions lie."""
-    return folder / split / f"{number:05d}.json"
-
-
-def read_recipe(folder: str | Path, *, command: str = COMMAND) -> Recipe:
-    """The recipe of a folder of latents.
+def read_recipe(folder: str | Path, *, command: str = COMMAND, key: str = "data.latents") -> Recipe:
+    """The recipe of a folder of latents, which the option `key` names.
 
     Raises:
         OrnsteinError: there is no such folder, or it holds no latents; names `command`, which makes them.
     """
-    path = Path(folder).expanduser() / INDEX
-    if not path.is_file():
-        raise OrnsteinError(f"data.latents={folder} holds no latents (no {INDEX}): make them by `{command}`.")
+    asked = f"{key}={folder}"
+    index = read_index(folder, form=FORMAT, asked=asked, holds="latents", command=command)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if index["format"] != FORMAT:
-            raise OrnsteinError(
-                f"data.latents={folder} is of the format {index['format']} and this version reads {FORMAT}: remove the "
-                f"folder and make it again by `{command}`."
-            )
         stored = index["recipe"]
         return Recipe(**stored | {"shape": tuple(stored["shape"])})
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, OrnsteinError):
-            raise
-        raise OrnsteinError(
-            f"data.latents={folder}: its {INDEX} is damaged ({error}); remove the folder and make it again by "
-            f"`{command}`."
-        ) from error
+    except (KeyError, TypeError) as error:
+        raise damaged_index(error, asked=asked, command=command) from error
 
 
 def check_codec(
@@ -219,7 +202,7 @@ class Latents:
         self.recipe = read_recipe(folder, command=command)
         self.planes = self.recipe.planes(split)
         self._facts = self._checked(verify=self.recipe.nbytes(split) <= CHECKED_BYTES)
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps = Maps()
 
     def __len__(self) -> int:
         """Number of images."""
@@ -251,17 +234,9 @@ class Latents:
         shard, place = np.divmod(rows % max(len(self), 1), self.recipe.shard_images)
         for number in np.unique(shard).tolist():
             mine = np.flatnonzero(shard == number)
-            found[:, mine] = self._map(number)[place[mine], np.array(kept)[:, None]]
+            array = self._maps[array_path(self.folder, self.split, number)]
+            found[:, mine] = array[place[mine], np.array(kept)[:, None]]
         return {self.planes[plane]: torch.from_numpy(found[at]) for at, plane in enumerate(kept)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without open maps: numpy would pickle them as their whole content."""
-        return self.__dict__ | {"_maps": {}}
-
-    def _map(self, number: int) -> np.ndarray:
-        if number not in self._maps:
-            self._maps[number] = np.load(array_path(self.folder, self.split, number), mmap_mode="r")
-        return self._maps[number]
 
     def _checked(self, *, verify: bool) -> list[dict[str, Any]]:
         """The facts of every shard, each looked at."""
@@ -283,19 +258,9 @@ def shard_facts(folder: Path, recipe: Recipe, split: Split, number: int, *, veri
     `verify` reads the whole shard and compares its checksum; else its size alone is looked at.
     """
     path = array_path(folder, split, number)
-    try:
-        facts: dict[str, Any] = json.loads(facts_path(folder, split, number).read_text(encoding="utf-8"))
-        whole = facts["images"] == len(recipe.rows(split, number)) and facts["bytes"] == path.stat().st_size
-        whole = whole and {"labels", "captions"} <= facts.keys() and (not verify or facts["sha256"] == checksum(path))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return facts if whole else None
-
-
-def checksum(path: Path) -> str:
-    """sha256 (64 hex digits) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    needs = ("images", "labels", "captions")
+    facts = whole_facts(facts_path(folder, split, number), lambda _: {"": path}, needs=needs, verify=verify)
+    return facts if facts is not None and facts["images"] == len(recipe.rows(split, number)) else None
 
 
 class LatentDataset(Dataset[dict[str, Any]]):

