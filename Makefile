@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sample evaluate encode test test-slow lint format types notebooks docs wheel ci clean
+.PHONY: help setup train sample evaluate prepare encode test test-slow lint format types notebooks docs wheel ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ sample: $(READY) ## sample a run; e.g. make sample ARGS="run=outputs/train/... n
 
 evaluate: $(READY) ## score a run; e.g. make evaluate ARGS="run=outputs/train/... num_samples=1000"
 	$(BIN)/python evaluate.py $(ARGS)
+
+prepare: $(READY) ## make a data set fast to read; e.g. make prepare ARGS="data=image_folder data.root=photos out=photos64"
+	$(BIN)/python -m ornstein.cli.prepare $(ARGS)
 
 encode: $(READY) ## encode a data set's latents; e.g. make encode ARGS="data=digits data.image_size=32"
 	$(BIN)/python -m ornstein.cli.encode $(ARGS)

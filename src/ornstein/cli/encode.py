@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli.latents import choices, codec_is_identity, encode_command, latents_folder
 from ornstein.cli.launch import launch, remove_untouched
+from ornstein.cli.progress import rate_bar
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from ornstein.data.latents import Recipe
     from ornstein.data.latents_write import LatentWriter
 
-TOLD_EVERY = 30.0  # seconds between lines where nobody looks at a bar
 POLL = 1.0  # seconds between looks at shards that other processes have
 
 
@@ -58,10 +56,13 @@ def encode(cfg: DictConfig) -> None:
     OmegaConf.update(cfg, "data.limit", None)
     OmegaConf.update(cfg, "data.latents", None)
     data = build_data(cfg)
+    if getattr(data, "streams", False):
+        data.open_latents()  # refuses, and says what to do instead
     data.setup()
     _scale(codec, data, out, device)
     recipe = recipe_of(cfg, data, codec, store=store)
-    writer = LatentWriter(out, recipe, command=encode_command(cfg, out=cfg.out))
+    command, names = encode_command(cfg, out=cfg.out), data.train.class_names
+    writer = LatentWriter(out, recipe, command=command, class_names=names)
     started = time.perf_counter()
     try:
         _announce(recipe, out, device)
@@ -71,7 +72,7 @@ def encode(cfg: DictConfig) -> None:
         raise
     finally:
         writer.close()
-    _remove_empty(Path(HydraConfig.get().runtime.output_dir), root=Path(cfg.paths.output_root))
+    remove_empty(Path(HydraConfig.get().runtime.output_dir), root=Path(cfg.paths.output_root))
     seconds = time.perf_counter() - started
     found = sum(recipe.counts.values()) - made
     there = f"; {found:,} were there already" if found else ""
@@ -89,7 +90,7 @@ def run(writer: LatentWriter, codec: Any, data: Any, *, device: torch.device, cf
     from ornstein.training.encode import fill
 
     made, pending = 0, writer.shards()
-    with _progress(sum(len(shard.rows) for shard in pending)) as (advance, say):
+    with rate_bar("encoding", sum(len(shard.rows) for shard in pending)) as (advance, say):
         while pending:
             left = []
             for shard in pending:
@@ -127,7 +128,8 @@ def _scale(codec: Any, data: Any, out: Path, device: torch.device) -> None:
     from types import SimpleNamespace
 
     from ornstein.cli.autoencoder import measure_codec
-    from ornstein.data.latents import INDEX, read_recipe, take_scale
+    from ornstein.data.latents import read_recipe, take_scale
+    from ornstein.data.shards import INDEX
 
     if (out / INDEX).is_file():
         recipe = read_recipe(out)
@@ -198,6 +200,11 @@ def _store(cfg: DictConfig, codec: Any) -> str:
         OrnsteinError: what the codec has not, or what no run could read.
     """
     named = f"codec={choices().get('codec', type(codec).__name__)}"
+    if cfg.data.get("buckets") is not None:
+        raise OrnsteinError(
+            "data.buckets has images of several shapes and latents are kept of squares: leave data.buckets out, or "
+            "train without data.latents, where the codec encodes each batch as it comes."
+        )
     if codec_is_identity(codec):
         raise OrnsteinError(f"{named} changes nothing, so that there is nothing to encode: choose codec=kl, say.")
     posterior = _has_posterior(codec, cfg)
@@ -241,49 +248,13 @@ def _announce(recipe: Recipe, out: Path, device: torch.device) -> None:
     print(f"folder     {out}", flush=True)
 
 
-def _remove_empty(folder: Path, *, root: Path) -> None:
+def remove_empty(folder: Path, *, root: Path) -> None:
     """Removes the run folder that Hydra made, which holds nothing here, and below the outputs' root those above it."""
     remove_untouched(folder)
     for above in folder.parents:
         if root.absolute() not in above.parents or not above.is_dir() or any(above.iterdir()):
             return
         above.rmdir()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[int, bool], None], Callable[[str], None]]]:
-    """A bar with rate and time left, or a line now and then where there is no terminal.
-
-    Yields what advances it by a number of images, encoded or found, and what names the shard at work.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} images/s"),
-        TimeRemainingColumn(),
-    )
-    on_terminal = Console().is_terminal
-    started = told = time.perf_counter()
-    seen = made = 0
-    with Progress(*columns, disable=not on_terminal) as progress:
-        task = progress.add_task("encoding", total=total, rate="")
-
-        def advance(count: int, encoded: bool) -> None:
-            nonlocal seen, made, told
-            seen, made = seen + count, made + count * encoded
-            now = time.perf_counter()
-            rate = made / max(now - started, 1e-6)
-            progress.update(task, advance=count, rate=f"{rate:,.0f}")
-            if not on_terminal and now - told > TOLD_EVERY and rate > 0:
-                told = now
-                left = (total - seen) / rate
-                print(f"{seen:,} of {total:,} images, {rate:,.0f} images/s, {left:,.0f} s left", flush=True)
-
-        yield advance, lambda text: progress.update(task, description=text)
 
 
 if __name__ == "__main__":

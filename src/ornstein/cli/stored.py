@@ -63,11 +63,22 @@ def open_run(path: str, *, key: str = "run") -> StoredRun:
     for name in (".hydra/config.yaml", "config.yaml"):
         if (place / name).is_file():
             config = _read(place / name)
-            # Its name follows from the options that the run was started with: only their result is on disk.
+            # Its name follows from the options that the run was started with: only their result is on disk. What its
+            # data said of themselves is kept as well, since they need not be at hand to draw samples.
             if (place / "config.yaml").is_file():
-                config["name"] = _read(place / "config.yaml").get("name")
+                resolved = _read(place / "config.yaml")
+                config["name"] = resolved.get("name")
+                config["data"] = _with_facts(config.get("data"), resolved.get("data"))
             return StoredRun(place, config, None)
     raise OrnsteinError(f"{key}={path} holds no config.yaml: name a run's folder, outputs/train/<date>/<time> say.")
+
+
+def _with_facts(data: Any, resolved: Any) -> Any:
+    """A data config with the values that were counted or read from files when the run began."""
+    if not isinstance(data, dict) or not isinstance(resolved, dict):
+        return data
+    asked = {key for key, value in data.items() if value == "auto" or "${data_fact:" in str(value)}
+    return data | {key: resolved[key] for key in asked & resolved.keys()}
 
 
 def _read(path: Path) -> dict[str, Any]:
