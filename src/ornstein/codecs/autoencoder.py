@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ornstein.codecs.codec import as_size, check_shape, sides_of
+from ornstein.codecs.codec import as_size, sides_of
 from ornstein.codecs.layers import Decoder, Encoder
 from ornstein.codecs.scaled import ScaledCodec, channel_moments
 from ornstein.errors import OrnsteinError
@@ -126,5 +126,5 @@ class Autoencoder(ScaledCodec):
 
         Raises: OrnsteinError if a channel carries nothing (its scale would blow up noise).
         """
-        check_shape(h, self.channels, self.size, what="latents")
+        self.check_latents(h, what="latents")
         self.set_moments(*channel_moments([h]))

@@ -23,6 +23,9 @@ class Codec(nn.Module, ABC):
         stochastic: whether ``encode`` draws; the same image then has a new code each time.
         decode_range: the interval in which decoded values are meant to lie. ``decode`` itself does not
             clamp, so that gradients survive; whoever makes pixels of them does.
+        downsample: how many pixels a side of the image has for one of a latent.
+        any_size: whether images and latents of other sides than ``size`` are taken too, as far as they divide; who
+            serves several shapes sets it.
     """
 
     channels: int
@@ -30,6 +33,8 @@ class Codec(nn.Module, ABC):
     sigma_data: float
     stochastic: bool
     decode_range: tuple[float, float]
+    downsample: int = 1
+    any_size: bool = False
 
     @abstractmethod
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -38,6 +43,27 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Latents z (B, channels, \\*size) -> images (B, C, H, W), about in ``decode_range``."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape (channels, h, w) of what is diffused for images of that many pixels.
+
+        Raises: OrnsteinError for sides that do not divide.
+        """
+        if height % self.downsample or width % self.downsample:
+            fit = ",".join(str(max(1, round(side / self.downsample)) * self.downsample) for side in (height, width))
+            raise OrnsteinError(
+                f"this codec shrinks images by {self.downsample}, which does not divide {height}x{width}: choose "
+                f"[{fit}], say."
+            )
+        return (self.channels, height // self.downsample, width // self.downsample)
+
+    def check_images(self, x: Tensor, channels: int, size: Size, *, what: str) -> None:
+        """Raise an OrnsteinError unless x is (B, channels, \\*size), or of sides that divide with ``any_size``."""
+        check_shape(x, channels, size, what=what, factor=self.downsample if self.any_size else None)
+
+    def check_latents(self, z: Tensor, *, what: str) -> None:
+        """Raise an OrnsteinError unless z is (B, channels, \\*size), or of any sides with ``any_size``."""
+        check_shape(z, self.channels, self.size, what=what, factor=1 if self.any_size else None)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -86,12 +112,12 @@ class Identity(Codec):
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The images themselves; ``generator`` is not used."""
-        check_shape(x, self.channels, self.size, what="the images")
+        self.check_images(x, self.channels, self.size, what="the images")
         return x
 
     def decode(self, z: Tensor) -> Tensor:
         """The samples themselves."""
-        check_shape(z, self.channels, self.size, what="the samples")
+        self.check_latents(z, what="the samples")
         return z
 
     @property
@@ -117,9 +143,16 @@ def sides_of(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def check_shape(x: Tensor, channels: int, size: Size, *, what: str) -> None:
-    """Raise a ValueError unless x is (B, channels, \\*size)."""
+def check_shape(x: Tensor, channels: int, size: Size, *, what: str, factor: int | None = None) -> None:
+    """Raise a ValueError unless x is (B, channels, \\*size), or with ``factor`` of any sides that it divides."""
     expected = (channels, *sides_of(size))
+    if factor is not None and x.ndim == 4 and x.shape[1] == channels:
+        if x.shape[2] % factor == 0 and x.shape[3] % factor == 0:
+            return
+        raise OrnsteinError(
+            f"this codec takes {what} whose sides are multiples of {factor} but got {tuple(x.shape)}; choose another "
+            "size, or data.buckets."
+        )
     if x.ndim != 4 or tuple(x.shape[1:]) != expected:
         raise OrnsteinError(
             f"this codec takes {what} as (B, {', '.join(map(str, expected))}) but got {tuple(x.shape)}; "

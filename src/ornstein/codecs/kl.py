@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ornstein.codecs.autoencoder import Autoencoder, Coded
-from ornstein.codecs.codec import check_shape
 from ornstein.codecs.posterior import DiagonalGaussian
 
 
@@ -62,7 +61,7 @@ class KLAutoencoder(Autoencoder):
 
     def posterior(self, x: Tensor) -> DiagonalGaussian:
         """q(h | x) for images (B, C, H, W) in [-1, 1]; unscaled, as the autoencoder is trained."""
-        check_shape(x, self.image_channels, self.image_size, what="images")
+        self.check_images(x, self.image_channels, self.image_size, what="images")
         mean, logvar = self.quant(self.encoder(x)).float().chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar)
 
@@ -72,7 +71,7 @@ class KLAutoencoder(Autoencoder):
 
     def reconstruct(self, h: Tensor) -> Tensor:
         """Unscaled latents h (B, channels, \\*size) -> images (B, C, H, W)."""
-        check_shape(h, self.channels, self.size, what="latents")
+        self.check_latents(h, what="latents")
         return self.decoder(self.post_quant(h))
 
     def code(self, x: Tensor, generator: torch.Generator | None = None) -> Coded:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ornstein.codecs.codec import as_size, check_shape, sides_of
+from ornstein.codecs.codec import as_size, sides_of
 from ornstein.codecs.posterior import DiagonalGaussian
 from ornstein.codecs.scaled import ScaledCodec
 from ornstein.errors import OrnsteinError
@@ -188,12 +188,12 @@ class DiffusersCodec(ScaledCodec):
 
     def reconstruct(self, h: Tensor) -> Tensor:
         """Unscaled latents (B, channels, \\*size) -> images (B, C, H, W), float32."""
-        check_shape(h, self.channels, self.size, what="latents")
+        self.check_latents(h, what="latents")
         return self._in_parts(h, lambda part: self.__dict__["model"].decode(part).sample)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> z (B, channels, \\*size); ``generator`` draws with ``sample_posterior``."""
-        check_shape(x, self.image_channels, self.image_size, what="images")
+        self.check_images(x, self.image_channels, self.image_size, what="images")
         h = self.posterior(x).sample(generator) if self.sample_posterior else self.latents(x)
         return (h - self.shift) * self.scale
 

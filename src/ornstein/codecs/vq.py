@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ornstein.codecs.autoencoder import Autoencoder, Coded
-from ornstein.codecs.codec import check_shape
 from ornstein.codecs.quantiser import VectorQuantiser
 
 
@@ -79,13 +78,13 @@ class VQAutoencoder(Autoencoder):
 
     def latents(self, x: Tensor) -> Tensor:
         """What comes before the codes, or with ``quantise_latents`` the codes: (B, channels, \\*size)."""
-        check_shape(x, self.image_channels, self.image_size, what="images")
+        self.check_images(x, self.image_channels, self.image_size, what="images")
         h = self.quant(self.encoder(x)).float()
         return self.quantiser(h).straight if self.quantise_latents else h
 
     def reconstruct(self, h: Tensor) -> Tensor:
         """Unscaled latents h (B, channels, \\*size), replaced by their codes -> images (B, C, H, W)."""
-        check_shape(h, self.channels, self.size, what="latents")
+        self.check_latents(h, what="latents")
         return self.decoder(self.post_quant(self.quantiser(h).straight))
 
     def code(self, x: Tensor, generator: torch.Generator | None = None) -> Coded:
@@ -94,7 +93,7 @@ class VQAutoencoder(Autoencoder):
         Terms: ``codebook`` (how far codes are from vectors, whose gradient moves the codes) and ``commitment`` (the
         same number, whose gradient moves the vectors).
         """
-        check_shape(x, self.image_channels, self.image_size, what="images")
+        self.check_images(x, self.image_channels, self.image_size, what="images")
         h = self.quant(self.encoder(x)).float()
         found = self.quantiser(h)
         images = self.decoder(self.post_quant(found.straight))

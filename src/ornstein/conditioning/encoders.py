@@ -90,7 +90,7 @@ class LoadedEncoder:
         except ImportError as error:
             raise OrnsteinError("conditioner=text needs transformers: pip install transformers.") from error
         folder, options = str(encoder.folder), {"local_files_only": True, "dtype": torch.float32}
-        with _quiet(transformers):
+        with quiet(transformers):
             try:
                 self.network = _network_class(transformers, encoder).from_pretrained(folder, **options)
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -226,7 +226,7 @@ def _from_hub(name: str, *, download: bool) -> Path:
     for local in (True, False) if download else (True,):
         try:
             if not local:
-                _probe_hub()
+                probe_hub()
             folder = Path(snapshot_download(name, allow_patterns=[*small, "*.safetensors"], local_files_only=local))
             if not local and not _weights(folder):  # an old model, without safetensors
                 folder = Path(snapshot_download(name, allow_patterns=[*small, "pytorch_model*.bin"]))
@@ -241,7 +241,7 @@ def _from_hub(name: str, *, download: bool) -> Path:
     ) from reason
 
 
-def _probe_hub() -> None:
+def probe_hub() -> None:
     """Raise OSError soon if the hub cannot be reached, where its client would retry for a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise OSError("HF_HUB_OFFLINE is set")
@@ -295,7 +295,7 @@ def _network_class(transformers: Any, encoder: Encoder) -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Without transformers' bars and its table of weights that a text encoder leaves unused."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

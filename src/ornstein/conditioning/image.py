@@ -109,6 +109,7 @@ class Image(Conditioner):
             )
         self.source, self.channels, self.factor, self.mask = source, channels, factor, mask
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.image_size = image_size
         self.dropout = checked_dropout(dropout)
         self.has_null = self.dropout > 0
         self.needs = ("condition",) if source == "condition" else ("image",)
@@ -125,7 +126,7 @@ class Image(Conditioner):
         cond = self._made(image, u)
         if not self.has_null:
             return cond
-        return drop(cond, self.null_form(len(image), image.device), self.dropout, generator)
+        return drop(cond, {name: torch.zeros_like(value) for name, value in cond.items()}, self.dropout, generator)
 
     def cond(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """The same, none dropped; masks by ``given["index"]`` and ``given["seed"]`` (0 without).
@@ -181,6 +182,16 @@ class Image(Conditioner):
         elif u is not None:
             mask = hidden(u, (image.shape[-2], image.shape[-1]), kind=self.mask)
             image = torch.cat([image * (1 - mask), mask], dim=1)
-        if tuple(image.shape[-2:]) != self.size:
-            image = functional.interpolate(image, size=self.size, mode="area")
+        size = self._diffused(image)
+        if tuple(image.shape[-2:]) != size:
+            image = functional.interpolate(image, size=size, mode="area")
         return {"concat": image}
+
+    def _diffused(self, image: Tensor) -> tuple[int, int]:
+        """Sides of what is diffused of an image: ``size``, or of one of another shape than ``image_size`` squares as
+        many times smaller.
+        """
+        height, width = image.shape[-2:]
+        if self.image_size is None or height == width == self.image_size:
+            return self.size
+        return height * self.size[0] // self.image_size, width * self.size[1] // self.image_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ornstein.errors import OrnsteinError
 
@@ -46,6 +46,21 @@ def check_divisible(height: int, width: int, factor: int, *, why: str) -> None:
             f"Images of {height} x {width} do not divide by {factor}, which {why} needs: "
             f"resize them to {fit}, or use a smaller patch_size or fewer levels."
         )
+
+
+def side_factor(network: nn.Module) -> int | None:
+    """What the sides of a network's images must be multiples of; None where it does not say.
+
+    `factor` of U-Nets (how far they shrink), `patch_size` of transformers; of experts that of each.
+    """
+    experts = getattr(network, "experts", None)
+    if experts is not None and len(experts):
+        return side_factor(experts[0])
+    for name in ("factor", "patch_size"):
+        value = getattr(network, name, None)
+        if isinstance(value, int):
+            return value
+    return None
 
 
 def check_heads(width: int, heads: int, *, name: str = "hidden_size") -> None:

@@ -34,11 +34,14 @@ class Given:
         labels: (B,) int64, the classes that the samples should show, asked for or those of the held-out images whose
             captions or pictures they are given; None where they are not known.
         captions: B texts, or None.
+        originals: uint8 (B, C, H, W), the whole images that the pictures they are given were made of, which samples
+            should restore; None where none are known.
     """
 
     values: Mapping[str, Any]
     labels: Tensor | None
     captions: list[str] | None
+    originals: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Conditions:
         prompts: a text for each sample.
         images: an image for each sample, uint8 (len(indices), C, H, W), for a conditioner of images.
         held_out: gives the data set, when it is first needed.
+        size: (height, width) that held-out images must have to be given; None takes any. Sample i then takes image
+            i mod N where that has this size, else number i mod N_s of those that have.
         seed: of the samples; decides random masks.
 
     Raises:
@@ -69,6 +74,7 @@ class Conditions:
     prompts: Sequence[str] | None = None
     images: Tensor | None = None
     held_out: HeldOut | None = None
+    size: tuple[int, int] | None = None
     seed: int = 0
     _rows: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -105,8 +111,11 @@ class Conditions:
         for key in _IMAGES:
             if self.images is not None and key in self.conditioner.needs:
                 values[key] = self.images[start:stop]
+        originals = values.get("image")
         if self.from_data:
             found = self._held_out_rows(part, values.get("label"))
+            if self.open & set(_IMAGES):
+                originals = found["image"]
             values |= {key: found[key] for key in self.open if key in found}
             if self.prompts is None and self.images is None:
                 # What else is known of the image whose caption or picture is given: for figures and for the eye.
@@ -117,19 +126,50 @@ class Conditions:
         if isinstance(values.get("label"), list):
             values["label"] = torch.tensor(values["label"], dtype=torch.int64)
         values = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
-        return Given(values, values.get("label"), values.get("caption"))
+        return Given(values, values.get("label"), values.get("caption"), originals)
 
     def _held_out_rows(self, indices: Sequence[int] | range, labels: Sequence[int] | None) -> dict[str, Any]:
         assert self.held_out is not None
         data = self.held_out()
-        if labels is None or data.labels is None:
-            return data.batch([index % len(data) for index in indices])
+        if not self.open & set(_IMAGES):
+            return data.facts(self._rows_for(data, indices, labels, None), conditions=False)
+        return data.batch(self._rows_for(data, indices, labels, self._bucket(data)))
+
+    def _rows_for(
+        self, data: ImageDataset, indices: Sequence[int] | range, labels: Sequence[int] | None, bucket: int | None
+    ) -> list[int]:
+        """An image for each sample, of its class where classes are known, of that bucket where one is asked for."""
         rows = []
-        for index, label in zip(indices, labels, strict=True):
+        for place, index in enumerate(indices):
+            label = -1 if labels is None or data.labels is None else labels[place]
             if label not in self._rows:
-                self._rows[label] = (data.labels == label).nonzero()[0].tolist() or list(range(len(data)))
-            rows.append(self._rows[label][index % len(self._rows[label])])
-        return data.batch(rows)
+                fits = torch.ones(len(data), dtype=torch.bool) if label < 0 else torch.as_tensor(data.labels == label)
+                if bucket is not None:
+                    of_size = torch.as_tensor(data.bucket_of) == bucket
+                    fits = fits & of_size if bool((fits & of_size).any()) else of_size
+                self._rows[label] = fits.nonzero().flatten().tolist() or list(range(len(data)))
+            own = index % len(data)
+            among = self._rows[label]
+            exact = bucket is not None and label < 0 and data.bucket_of is not None and data.bucket_of[own] == bucket
+            rows.append(own if exact else among[index % len(among)])
+        return rows
+
+    def _bucket(self, data: ImageDataset) -> int | None:
+        """Which of the data's shapes samples are drawn at; None where all images have one, and that is it.
+
+        Raises:
+            OrnsteinError: no held-out image has that size.
+        """
+        several = data.bucket_of is not None
+        if self.size is None and not several:
+            return None
+        size = (data.image_size, data.image_size) if self.size is None else self.size
+        if size in data.shapes:
+            return data.shapes.index(size) if several else None
+        raise OrnsteinError(
+            f"samples of {size[0]}x{size[1]} pixels are conditioned on images, and no held-out image of {data.name} "
+            "has that size: name images by condition_images=FOLDER, or another size."
+        )
 
 
 def mirrored(batch: Mapping[str, Any], flip: Tensor | None, conditioner: Conditioner) -> Mapping[str, Any]:

@@ -32,6 +32,8 @@ class Generated:
         nfe: network evaluations per sample.
         captions: B texts, or None where the model reads none.
         conditions: what the model was shown, as uint8 pictures (B, 1 or 3, h, w), or None.
+        originals: the whole images that those were made of, uint8 like ``images``; None where none of this size are
+            known.
     """
 
     images: Tensor
@@ -40,6 +42,7 @@ class Generated:
     nfe: int
     captions: list[str] | None = None
     conditions: Tensor | None = None
+    originals: Tensor | None = None
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -63,6 +66,7 @@ def generate(
     negative_prompt: str | None = None,
     images: Tensor | None = None,
     held_out: HeldOut | None = None,
+    size: tuple[int, int] | None = None,
     seed: int = 0,
     batch_size: int = 256,
     watch: Watch | None = None,
@@ -85,13 +89,15 @@ def generate(
             unless given. Unused without such.
         held_out: gives the data that conditions which nobody gave are taken from; see
             :class:`ornstein.training.conditions.Conditions`.
+        size: (height, width) in pixels of the images that ``shape`` decodes to, which held-out images that samples are
+            conditioned on must have; None asks for nothing.
         seed: of the noise, and of masks.
         batch_size: samples at once; changes nothing but rounding.
         watch: called with (step, state) after each step of each batch.
     """
     source = NoiseSource(seed)
     conditions = Conditions(
-        conditioner, indices, labels=labels, prompts=prompts, images=images, held_out=held_out, seed=seed
+        conditioner, indices, labels=labels, prompts=prompts, images=images, held_out=held_out, size=size, seed=seed
     )
     network = denoiser.network
     was_training = network.training
@@ -105,7 +111,11 @@ def generate(
             guided = guidance(denoiser.bind(cond), null)
             state = sampler.sample(guided, source.bind(index, shape), watch=watch)
             decoded = to_uint8(codec.decode(state.x))
-            yield Generated(decoded, index, given.labels, state.nfe, given.captions, conditioner.pictures(cond))
+            originals = given.originals
+            if originals is not None and originals.shape != decoded.shape:
+                originals = None  # asked for by the user, at another size
+            pictures = conditioner.pictures(cond)
+            yield Generated(decoded, index, given.labels, state.nfe, given.captions, pictures, originals)
     finally:
         network.train(was_training)
 
@@ -121,6 +131,9 @@ def _null(
     if not conditioner.has_null and negative_prompt is None:
         return {}
     null = dict(cond) | (conditioner.null(len(index), index.device) if conditioner.has_null else {})
+    # Of samples of another size than the model's own.
+    if "concat" in null and null["concat"].shape != cond["concat"].shape:
+        null["concat"] = torch.zeros_like(cond["concat"])
     if negative_prompt is None:
         return null
     negative = conditioner.cond({**given, "caption": [negative_prompt] * len(index)})

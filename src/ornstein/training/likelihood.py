@@ -133,8 +133,9 @@ def held_out_likelihood(
     denoiser.network.eval()
     started = time.perf_counter()
     results = []
+    parts = [torch.as_tensor(piece) for piece in dataset.pieces(size=batch_size, rows=rows)]  # of one shape each
     try:
-        for part in rows.split(batch_size):
+        for part in parts:
             batch = dataset.batch(part)
             x0 = batch["image"].to(module.device).float().div(127.5).sub(1.0)
             noise = NoiseSource(seed).bind(part.to(module.device), x0.shape[1:])
@@ -150,7 +151,7 @@ def held_out_likelihood(
     return HeldOutLikelihood(
         name="nll_bits_per_dim" if isinstance(method, ProbabilityFlow) else "vlb_bits_per_dim",
         bits=torch.cat([result.bits.cpu() for result in results]).double(),
-        index=rows,
+        index=torch.cat(parts),
         nfe=max(result.nfe for result in results),
         seconds=time.perf_counter() - started,
         settings={"method": type(method).__name__, "seed": seed, **vars(method)},

@@ -22,6 +22,7 @@ from ornstein.training.base import CHECKPOINT_KEY, LRScheduleFactory, OptimizerF
 from ornstein.training.conditions import HeldOut, mirrored, prepare_conditions
 from ornstein.training.generate import Generated, Watch, generate
 from ornstein.training.latents import batch_device, batch_images, clean_latents, prepare_latents
+from ornstein.training.shapes import Shape, compile_for, grouped, taken
 
 
 class DiffusionModule(TrainingModule):
@@ -76,6 +77,7 @@ class DiffusionModule(TrainingModule):
         if isinstance(network, Experts):
             network.place_boundaries(lambda t: float(objective.parameterization.noise_cond(schedule.level(t))))
         self.codec, self.conditioner = codec.eval().requires_grad_(False), conditioner
+        self.codec.any_size = True  # the data's sizes have been checked, and samples may have others
         self.sampler, self.guidance = sampler, guidance if guidance is not None else NoGuidance()
         self.clip_x0, self.dynamic_threshold = clip_x0, dynamic_threshold
         # As the averaged network: no part of the module's own weights.
@@ -99,7 +101,8 @@ class DiffusionModule(TrainingModule):
             prepare_conditions(self, data, device=self.device)
             self.held_out = lambda: data.val
         if self._compile:
-            self.network.compile()
+            shapes = getattr(getattr(data, "train", None), "shapes", ()) if data is not None else ()
+            compile_for(self.network, len(shapes))
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -171,29 +174,36 @@ class DiffusionModule(TrainingModule):
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
         images: Tensor | None = None,
+        size: Shape | Sequence[Shape] | None = None,
         seed: int | None = None,
         batch_size: int = 256,
         watch: Callable[[int, State], None] | None = None,
     ) -> Iterator[Generated]:
-        """Samples number ``indices`` with the evaluation network; see :func:`ornstein.training.generate.generate`."""
-        return generate(
-            self.denoiser(evaluation=True),
-            indices,
-            codec=self.codec,
-            conditioner=self.conditioner,
-            sampler=sampler if sampler is not None else self.sampler,
-            guidance=guidance if guidance is not None else self.guidance,
-            shape=self.latent_shape,
-            device=self.device,
-            labels=labels,
-            prompts=prompts,
-            negative_prompt=negative_prompt,
-            images=images,
-            held_out=self.held_out,
-            seed=self.seed if seed is None else seed,
-            batch_size=batch_size,
-            watch=watch,
-        )
+        """Samples number ``indices`` with the evaluation network; see :func:`ornstein.training.generate.generate`.
+
+        ``size`` is (height, width) in pixels of all of them, or of each: those of one size then come together, in the
+        order in which their sizes first stand there, and each batch has one size. The codec's own unless given.
+        """
+        for own, places in grouped(size, len(indices)):
+            yield from generate(
+                self.denoiser(evaluation=True),
+                indices if places is None else [indices[place] for place in places],
+                codec=self.codec,
+                conditioner=self.conditioner,
+                sampler=sampler if sampler is not None else self.sampler,
+                guidance=guidance if guidance is not None else self.guidance,
+                shape=self.latent_shape if own is None else self.codec.latent_shape(*own),
+                size=own,
+                device=self.device,
+                labels=taken(labels, places),
+                prompts=taken(prompts, places),
+                negative_prompt=negative_prompt,
+                images=images if images is None or places is None else images[places],
+                held_out=self.held_out,
+                seed=self.seed if seed is None else seed,
+                batch_size=batch_size,
+                watch=watch,
+            )
 
 
 __all__ = ["CHECKPOINT_KEY", "DiffusionModule", "Watch"]

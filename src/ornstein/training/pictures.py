@@ -88,6 +88,31 @@ def _with_labels(grid: Image.Image, labels: Sequence[str], row_height: int) -> I
     return whole
 
 
+def letterboxed(images: Sequence[Tensor]) -> Tensor:
+    """Images of several shapes as tiles of one: each in the middle of the smallest rectangle that holds them all.
+
+    Args:
+        images: uint8 (C, H, W) each.
+
+    Returns:
+        uint8 (N, C, H, W), or where they differ in shape (N, 3, H, W) on the grid's dark ground.
+
+    Raises:
+        OrnsteinError: there are none.
+    """
+    if not images:
+        raise OrnsteinError("a grid needs at least one image.")
+    if len({image.shape for image in images}) == 1:
+        return torch.stack(list(images))
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    ground = torch.tensor(_BACKGROUND, dtype=torch.uint8).view(1, 3, 1, 1)
+    tiles = ground.repeat(len(images), 1, height, width)
+    for tile, image in zip(tiles, images, strict=True):
+        top, left = (height - image.shape[1]) // 2, (width - image.shape[2]) // 2
+        tile[:, top : top + image.shape[1], left : left + image.shape[2]] = image.cpu()
+    return tiles
+
+
 def strip(rows: Sequence[Tensor], *, labels: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
     """One row of tiles for each of ``rows``, all of the same length.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +19,11 @@ from ornstein.training.condition_pictures import captions_text, fitted, interlea
 from ornstein.training.generate import Generated
 from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
-from ornstein.training.pictures import image_grid, near_square, save_png, save_text
+from ornstein.training.pictures import image_grid, letterboxed, near_square, save_png, save_text
+from ornstein.training.shapes import shown_shapes
+
+SHAPES = 3  # of a run with several, how many of the most frequent a grid shows
+T = TypeVar("T")
 
 
 class SampleGrid(Periodic):
@@ -26,7 +31,8 @@ class SampleGrid(Periodic):
 
     Sample number i of class i mod K, or of held-out image i mod N with its caption, is what ``sample.py`` draws for the
     same seed, number by number. Captions stand whole in ``step_000400.txt``; of a model that is conditioned on images,
-    each row of samples has the row of what it was given above it.
+    each row of samples has the row of what it was given above it. Of a run with several shapes the columns are shared
+    out among the three that most training images have.
 
     Args:
         run_dir: the run's folder.
@@ -78,10 +84,14 @@ class SampleGrid(Periodic):
         layout = grid_layout(
             trainer, module, self.num_samples, per_class=self.samples_per_class, max_classes=self.max_classes
         )
-        batches = -(-len(layout.indices) // self.batch_size)
+        shapes = shown_shapes(module, data_of(trainer), SHAPES)
+        size = None if shapes is None else column_sizes(shapes, layout)
+        groups = [len(layout.indices)] if size is None else Counter(size).values()
+        batches = sum(-(-count // self.batch_size) for count in groups)
         with progress_task(trainer, "sampling", batches * module.sampler.steps) as advance:
             drawn = module.generate(
                 layout.indices,
+                size=size,
                 seed=self.seed,
                 batch_size=self.batch_size,
                 watch=lambda step, state: advance(),
@@ -91,10 +101,21 @@ class SampleGrid(Periodic):
             picture = image_grid(images, layout.columns, row_labels=row_labels)
             name = f"step_{trainer.global_step:06}"
             save_png(picture, self.folder / f"{name}.png")
-            captions = [caption for batch in batches_drawn for caption in batch.captions or ()]
+            captions = in_order([(batch.index, batch.captions or ()) for batch in batches_drawn], layout.indices)
             if captions:
                 save_text(captions_text(layout.indices, captions), self.folder / f"{name}.txt")
             show_image(trainer, "samples", picture)
+
+
+def column_sizes(shapes: Sequence[tuple[int, int]], layout: GridLayout) -> list[tuple[int, int]]:
+    """A shape for each sample of a grid: the first columns have the first one, the last columns the last one."""
+    return [shapes[place % layout.columns * len(shapes) // layout.columns] for place in range(len(layout.indices))]
+
+
+def in_order(parts: Sequence[tuple[torch.Tensor, Sequence[T]]], indices: Sequence[int]) -> list[T]:
+    """What batches hold for each sample, in the order of ``indices``: samples of several shapes come shape by shape."""
+    found = {number: each for index, values in parts for number, each in zip(index.tolist(), values, strict=False)}
+    return [found[number] for number in indices if number in found]
 
 
 @dataclass(frozen=True)
@@ -143,7 +164,16 @@ def _by_caption(captions: Sequence[str], *, per_class: int, most: int) -> GridLa
 
 
 def shown(batches: Sequence[Generated], layout: GridLayout) -> tuple[torch.Tensor, list[str] | None]:
-    """The tiles of a grid, uint8 (N, C, H, W), and its rows' labels: with what was given above each row of samples."""
-    images = torch.cat([batch.images.cpu() for batch in batches])
-    given = [fitted(batch.conditions.cpu(), images) for batch in batches if batch.conditions is not None]
-    return interleaved(images, torch.cat(given), layout.columns) if given else (images, layout.row_labels)
+    """The tiles of a grid, uint8 (N, C, H, W), and its rows' labels: with what was given above each row of samples.
+
+    Samples of several shapes are letterboxed.
+    """
+    images = letterboxed(in_order([(batch.index, list(batch.images.cpu())) for batch in batches], layout.indices))
+    given = [
+        (batch.index, list(fitted(batch.conditions.cpu(), batch.images.cpu())))
+        for batch in batches
+        if batch.conditions is not None
+    ]
+    if not given:
+        return images, layout.row_labels
+    return interleaved(images, letterboxed(in_order(given, layout.indices)), layout.columns)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ornstein.diffusion.samplers.base import State
 from ornstein.diffusion.schedules import Level
+from ornstein.training.callbacks.lookup import data_of
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
 from ornstein.training.callbacks.sample_grid import GridLayout, grid_layout
@@ -18,6 +19,7 @@ from ornstein.training.generate import to_uint8
 from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.pictures import image_grid, readable_scale, save_gif, save_png, strip
+from ornstein.training.shapes import shown_shapes
 
 
 class Trajectory(Periodic):
@@ -101,7 +103,9 @@ class Trajectory(Periodic):
                 clean.append(to_uint8(module.codec.decode(prediction.x0[few])).cpu())
 
         with progress_task(trainer, "trajectory", steps) as advance:
-            drawn = list(module.generate(layout.indices, seed=self.seed, batch_size=count, watch=watch))
+            shapes = shown_shapes(module, data_of(trainer), 1)
+            size = None if shapes is None else shapes[0]
+            drawn = list(module.generate(layout.indices, size=size, seed=self.seed, batch_size=count, watch=watch))
             final = drawn[0].images.cpu()
             noisy.append(final[few])
             clean.append(final[few])
