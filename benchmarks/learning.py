@@ -110,6 +110,8 @@ def measure(name: str, *, seed: int, folder: Path, threads: int, steps: int | No
         failed = _command("evaluate.py", [*asked, _folder(folder / "evaluation")], threads=threads)
     if failed is not None:
         return Outcome(**facts, steps=count, failed=failed)
+    from ornstein.metrics import main_figure
+
     summary = json.loads((run / "summary.json").read_text())
     values = json.loads((folder / "evaluation" / "evaluation.json").read_text())["values"]
     return Outcome(
@@ -118,7 +120,7 @@ def measure(name: str, *, seed: int, folder: Path, threads: int, steps: int | No
         seconds=seconds,
         parameters=summary["parameters"],
         accuracy=values.get("label_accuracy", math.nan),
-        fid=values["fid"],
+        fid=values[main_figure(values) or "fid"],
         fid_floor=values["fid_floor"],
         near=values["memorised_share"],
     )

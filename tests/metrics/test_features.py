@@ -136,7 +136,7 @@ def test_names():
     assert features_by_name("none") is None and features_by_name(None) is None
     assert isinstance(features_by_name("digits"), DigitsFeatures)
     assert features_by_name("fashion_mnist").name == "fashion_mnist"
-    with pytest.raises(ValueError, match="digits, mnist, fashion_mnist, inception, none"):
+    with pytest.raises(ValueError, match="digits, mnist, fashion_mnist, inception, efficientnet, dinov2, clip, none"):
         features_by_name("resnet")
     with pytest.raises(ValueError, match="no feature weights are shipped for 'cifar'"):
         ClassifierFeatures("cifar")

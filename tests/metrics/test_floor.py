@@ -1,6 +1,6 @@
 import pytest
 
-from ornstein.metrics.floor import real_floor
+from ornstein.metrics.floor import cached_floor, real_floor
 from ornstein.metrics.frechet import frechet_distance
 
 
@@ -48,3 +48,20 @@ def test_the_digits_floor_is_that_of_random_halves():
 def test_too_few_images_are_refused(pixels, gaussian_images):
     with pytest.raises(ValueError, match="four real images"):
         real_floor(pixels, gaussian_images(3, 120, 25, 0))
+
+
+def test_a_floor_is_measured_once(tmp_path, caplog):
+    from ornstein.data import Digits
+    from ornstein.metrics.classifier import DigitsFeatures
+
+    features, data = DigitsFeatures(), Digits(split="val")
+    first = cached_floor(features, data, 100, folder=tmp_path)
+    assert first == real_floor(features, data, 100)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text().replace(repr(first.fid), "123.0"))
+    assert cached_floor(features, data, 100, folder=tmp_path).fid == 123  # what is kept is what is given
+    assert cached_floor(features, data, 50, folder=tmp_path).count == 50 and len(list(tmp_path.iterdir())) == 2
+    path.write_text(path.read_text()[:40])
+    assert cached_floor(features, data, 100, folder=tmp_path) == first and "damaged" in caplog.text
+    caplog.clear()
+    assert cached_floor(features, data, 100, folder=path) == first and len(caplog.records) == 1  # a file in the way

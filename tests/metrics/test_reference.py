@@ -1,11 +1,17 @@
+import json
 import logging
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ornstein.metrics import reference
 from ornstein.metrics.images import extract
-from ornstein.metrics.reference import compute_statistics, inception_score, reference_statistics
+from ornstein.metrics.reference import compute_statistics, reference_statistics
 
 KEY = {"data_fingerprint": "f" * 64, "image_size": 1, "split": "train"}
 
@@ -33,7 +39,7 @@ def test_the_second_call_reads_what_the_first_one_wrote(pixels, images, tmp_path
     seen = pixels.seen
     second = reference_statistics(pixels, images, folder=tmp_path, **KEY)
     assert pixels.seen == seen == 300
-    for name in ("feature_sum", "feature_outer", "features"):
+    for name in ("mean", "cov", "features", "index"):
         assert torch.equal(getattr(first, name), getattr(second, name))
     assert (first.count, first.inception_score, first.source) == (
         second.count, second.inception_score, second.source,
@@ -43,7 +49,7 @@ def test_the_second_call_reads_what_the_first_one_wrote(pixels, images, tmp_path
 
 def test_the_cache_is_where_the_environment_says(pixels, images, tmp_path):
     reference_statistics(pixels, images, **KEY)  # conftest points $ORNSTEIN_CACHE below tmp_path
-    assert len(list((tmp_path / "cache" / "statistics").glob("pixels-*.safetensors"))) == 1
+    assert len(list((tmp_path / "cache" / "statistics").glob("data-train-1px-pixels-*.safetensors"))) == 1
 
 
 def test_everything_that_decides_the_statistics_is_in_the_key(pixels, make_pixels, images, tmp_path):
@@ -80,7 +86,7 @@ def test_a_damaged_file_is_computed_again_with_one_line(pixels, images, tmp_path
     path.write_bytes(damage(path.read_bytes()))
     with caplog.at_level(logging.WARNING):
         found = reference_statistics(pixels, images, folder=tmp_path, **KEY)
-    assert pixels.seen == 600 and torch.equal(found.feature_outer, expected.feature_outer)
+    assert pixels.seen == 600 and torch.equal(found.cov, expected.cov)
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "again" in caplog.text
     reference_statistics(pixels, images, folder=tmp_path, **KEY)
     assert pixels.seen == 600  # whole again
@@ -106,6 +112,83 @@ def test_a_folder_that_cannot_be_written_costs_a_line_and_no_figure(pixels, imag
     assert found.count == 300 and "not cached" in caplog.text
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB, where one can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_costs_a_line_and_the_next_run_writes(make_pixels, images, small_disk, caplog):
+    features = make_pixels(num_features=4)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(60 * 1024))
+    with caplog.at_level(logging.WARNING):
+        found = reference_statistics(features, images, folder=small_disk, **KEY)
+    assert found.count == 300 and len(caplog.records) == 1 and "\n" not in caplog.text.strip()
+    assert "cannot be written" in caplog.text and "the next run tries again" in caplog.text
+    assert _files(small_disk) == [ballast]  # nothing half-written
+    ballast.unlink()
+    again = reference_statistics(features, images, folder=small_disk, **KEY)
+    assert features.seen == 600 and torch.equal(again.cov, found.cov)
+    assert [path.suffix for path in _files(small_disk)] == [".safetensors"]
+
+
+def test_a_disk_that_is_full_in_the_middle_of_the_write(pixels, images, tmp_path, monkeypatch, caplog):
+    def fills(tensors, path, metadata):
+        Path(path).write_bytes(b"half a file")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(reference, "save_file", fills)
+    with caplog.at_level(logging.WARNING):
+        found = reference_statistics(pixels, images, folder=tmp_path, **KEY)
+    assert found.count == 300 and "No space left" in caplog.text and _files(tmp_path) == []
+
+
+def test_the_same_content_under_another_name_is_found(pixels, images, tmp_path):
+    class Named:
+        fingerprint, image_size, split, channels = "a" * 64, 1, "train", 1
+
+        def __init__(self, name):
+            self.name = name
+
+        def __len__(self):
+            return len(images)
+
+        def batch(self, rows):
+            return {"image": images[rows]}
+
+    first = reference_statistics(pixels, Named("faces"), folder=tmp_path)
+    second = reference_statistics(pixels, Named("faces again"), folder=tmp_path)
+    (path,) = _files(tmp_path)
+    assert pixels.seen == 300 and path.name.startswith("faces-train-1px-pixels-") and first.source == second.source
+    with safe_open(path, framework="pt") as file:  # all the facts are inside
+        facts = json.loads(file.metadata()["facts"])
+    assert facts["source"]["extractor_fingerprint"] == pixels.fingerprint and facts["source"]["data"] == "a" * 64
+    assert facts["count"] == 300
+
+
+def test_of_several_that_need_the_same_one_computes(make_pixels, images, tmp_path):
+    features = make_pixels()
+
+    class Slow(list):
+        def __iter__(self):
+            time.sleep(0.2)
+            return super().__iter__()
+
+    def ask(_):
+        return reference_statistics(features, Slow([images]), folder=tmp_path, **KEY)
+
+    with ThreadPoolExecutor(4) as pool:  # flock holds apart open files, in one process or several
+        found = list(pool.map(ask, range(4)))
+    assert features.seen == 300 and all(torch.equal(each.cov, found[0].cov) for each in found)
+    assert len(_files(tmp_path)) == 1  # no lock is left
+
+
 def test_the_kept_features_are_a_fixed_uniform_subset(pixels, images):
     everything, _ = extract(pixels, images)
     first = compute_statistics(pixels, images, batch_size=7, max_features=50)
@@ -114,12 +197,6 @@ def test_the_kept_features_are_a_fixed_uniform_subset(pixels, images):
     assert first.count == 300
     places = (first.features[:, None] == everything).all(-1).float().argmax(1)
     assert (places.diff() > 0).all() and places[-1] > 200  # in order, and not the first 50
-
-
-def test_inception_score_counts_classes():
-    logits = 100 * torch.eye(5).repeat(4, 1)
-    assert inception_score(logits) == pytest.approx(5)  # sure of one of five classes each
-    assert inception_score(torch.zeros(20, 5)) == pytest.approx(1)  # sure of nothing
 
 
 def test_mistakes_get_one_sentence(pixels, images):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ornstein.errors import OrnsteinError
+from ornstein.metrics.paired import psnr, ssim
 from ornstein.training.autoencoder_losses import (
     AutoencoderLoss,
     adaptive_weight,
@@ -18,8 +19,8 @@ from ornstein.training.autoencoder_losses import (
     generator_loss,
     reconstruction_error,
 )
-from ornstein.training.autoencoder_perceptual import NETWORKS, Perceptual, check_perceptual
-from ornstein.training.autoencoder_scoring import paired_rows, psnr, ssim
+from ornstein.training.autoencoder_perceptual import NETWORKS, Perceptual, check_perceptual, load_perceptual
+from ornstein.training.autoencoder_scoring import paired_rows
 
 
 def test_reconstruction_errors_are_means_over_an_image() -> None:
@@ -129,12 +130,12 @@ def test_the_perceptual_distance_is_lpips(name: str, side: int, tmp_path: Path) 
 
 def test_weights_that_are_missing_or_of_another_network_are_told_of(tmp_path: Path) -> None:
     with pytest.raises(
-        OrnsteinError, match=r"model\.loss\.perceptual=alex needs torchvision's weights, .*perceptual=null"
+        OrnsteinError, match=r"model\.loss\.perceptual=alex: torchvision's weights .* fetch https://.*perceptual=null"
     ):
-        Perceptual("alex", weights=str(tmp_path / "nowhere.pth"))
+        load_perceptual("alex", str(tmp_path / "nowhere.pth"))
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(OrnsteinError, match="are not torchvision's weights of alex"):
-        Perceptual("alex", weights=str(tmp_path / "other.pth"))
+    with pytest.raises(OrnsteinError, match=r"perceptual_weights=.*does not hold torchvision's weights of alex"):
+        load_perceptual("alex", str(tmp_path / "other.pth"))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ornstein.conditioning import ClassLabel, Compose, Conditioner, Image
 from ornstein.data import DataModule, ImageDataset
 from ornstein.diffusion.guidance import ClassifierFree, NoGuidance
+from ornstein.metrics.paired import psnr
 from ornstein.training.callbacks import SampleGrid
 from ornstein.training.condition_pictures import short_labels
 from ornstein.training.conditions import Conditions, mirrored
@@ -244,8 +245,8 @@ class Metrics:
         self.captions: list[str] = []
         self.labels: list[int] = []
 
-    def update(self, images: Tensor, labels: Tensor | None, *, captions: Any) -> None:
-        self.captions += captions
+    def update(self, images: Tensor, labels: Tensor | None, *, captions: Any, index: Any = None) -> None:
+        self.captions += captions or []
         self.labels += [] if labels is None else labels.tolist()
 
 
@@ -257,6 +258,29 @@ def test_scores_get_the_captions_and_labels_that_samples_were_given(module) -> N
     metrics = Metrics()
     draw_into(metrics, module(), range(2), dataset=HELD_OUT, prompts=["a", "b"])
     assert metrics.captions == ["a", "b"] and metrics.labels == []
+
+
+@pytest.mark.parametrize("source", ["low_resolution", "mask", "condition"])
+def test_restored_images_are_scored_beside_those_that_they_should_be(module, source) -> None:
+    made = module(image_conditioner(source=source, condition_channels=1))
+    metrics: Any = Metrics()
+    metrics.names_clip = False
+    taken: list[Any] = []
+    drawn = draw_into(metrics, made, range(COUNT + 2), dataset=HELD_OUT, batch_size=10, take=taken.append)
+    rows = [*range(COUNT), 0, 1]
+    assert torch.cat([batch.originals for batch in taken]).equal(HELD_OUT.batch(rows)["image"])
+    expected = psnr(torch.cat([batch.images for batch in taken]), HELD_OUT.batch(rows)["image"]).mean()
+    assert drawn.paired == {"psnr": pytest.approx(float(expected))}  # too small for SSIM and LPIPS
+    # A user's own pictures of another size than the samples have no pixels to compare.
+    pictures = torch.zeros(2, 1, 2 * SIZE, 2 * SIZE, dtype=torch.uint8)
+    if source == "low_resolution":
+        assert draw_into(metrics, made, range(2), dataset=HELD_OUT, images=pictures).paired == {}
+
+
+def test_samples_of_words_have_nothing_to_be_compared_with(module) -> None:
+    metrics: Any = Metrics()
+    drawn = draw_into(metrics, module(), range(2), dataset=HELD_OUT)
+    assert drawn.paired == {} and next(iter(module().generate(range(2)))).originals is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-import torch
+from PIL import Image
 
 from ornstein.codecs import Identity
 from ornstein.data import DataModule, Digits
@@ -44,20 +44,28 @@ def test_figures_are_logged_beside_their_floor(digits_run, rows, tmp_path):
     evaluation = GenerativeEvaluation(tmp_path, metrics=make_metrics, every=2, batch_size=25)
     checkpoint = Checkpoint(tmp_path, every=None, monitor="val/fid")
     trainer = digits_run([EMA(), evaluation, Throughput(), checkpoint], steps=3, logger=logger)
-    assert {step for step, row in logger.rows.items() if "val/fid" in row} == {2, 3}
-    names = {"fid", "kid", "kid_std", "inception_score", "label_accuracy", "fid_floor", "real_inception_score"}
+    assert {step for step, row in logger.rows.items() if "val/fid_60" in row} == {2, 3}
+    taken = {"fid_60", "kid", "inception_score_60", "label_accuracy"}
+    names = taken | {"kid_std", "kid_se", "fid_floor", "real_inception_score"}
+    ends = {f"{name}_{end}" for name in taken for end in ("low", "high")}
     assert {name[4:] for name in logger.rows[2] if name.startswith("val/")} == names
-    assert {name[4:] for name in logger.rows[3] if name.startswith("val/")} == names | {"memorised_share"}
+    assert {name[4:] for name in logger.rows[3] if name.startswith("val/")} == names | ends | {"memorised_share"}
     last = logger.rows[3]
-    assert last["val/fid"] > 3 * last["val/fid_floor"] > 0  # three steps make no digits
+    assert last["val/fid_60"] > 3 * last["val/fid_floor"] > 0  # three steps make no digits
+    assert last["val/fid_60_low"] < last["val/fid_60"] < last["val/fid_60_high"]
     assert 0 <= last["val/label_accuracy"] <= 1
-    assert 1 <= last["val/inception_score"] < last["val/real_inception_score"] < 10
-    assert checkpoint.best_score == pytest.approx(min(logger.rows[step]["val/fid"] for step in (2, 3)), rel=1e-12)
+    assert 1 <= last["val/inception_score_60"] < last["val/real_inception_score"] < 10
+    # the checkpoint's "val/fid" is the figure that bears its number
+    assert checkpoint.best_score == pytest.approx(min(logger.rows[step]["val/fid_60"] for step in (2, 3)), rel=1e-12)
+    picture = Image.open(tmp_path / "samples" / "nearest_training_images.png").convert("L")
+    assert len(picture.getcolors()) > 20 and picture.height > 10 * 64
 
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["num_samples"] == 60 and report["extractor"] == "digits" and report["label_protocol"] == "balanced"
-    assert report["values"]["fid"] == last["val/fid"]
+    assert report["values"]["fid_60"] == last["val/fid_60"]
     assert report["sampling"]["step"] == 3 and report["sampling"]["weights"] == "ema"
+    assert report["sampling"]["ema"] == {"decay": 0.9999, "warmup": True, "every": 1, "updates": 3}
+    assert report["settings"]["agreed_samples"] == 1438 and "uint8" in report["settings"]["images"]
     assert report["memorisation"]["share"] == pytest.approx(last["val/memorised_share"])
     assert evaluation.summary()["nfe"] == 4 and evaluation.summary()["num_samples"] == 60
 
@@ -67,7 +75,7 @@ def test_figures_are_logged_beside_their_floor(digits_run, rows, tmp_path):
     (drawn,) = trainer.lightning_module.generate(range(60), seed=0)
     metrics.update(drawn.images, drawn.labels)
     # rounding of batches of another size may move a pixel by one level
-    assert metrics.compute()["fid"] == pytest.approx(last["val/fid"], rel=1e-3)
+    assert metrics.compute()["fid_60"] == pytest.approx(last["val/fid_60"], rel=1e-3)
 
 
 def test_missing_weights_are_one_line_and_training_goes_on(digits_run, rows, tmp_path, caplog):
@@ -101,34 +109,37 @@ def test_captions_reach_the_clip_score(fit, make_module, make_data, tmp_path, mo
         clip = object()
         names_clip = named
         num_samples = 6
-        reference = type("Reference", (), {"count": 24, "inception_score": None, "features": torch.zeros(2, 1)})()
-        features = None
 
         def to(self, device):
             return self
 
-        def set_reference(self, *args, **kwargs):
-            pass
-
         def reset(self):
             pass
 
-        def update(self, images, labels, *, captions):
+        def ticks(self, **options):
+            return 0
+
+        def update(self, images, labels, *, captions, index):
             asked.extend(zip(labels.tolist(), captions or [None] * len(labels), strict=True))
 
-        def compute(self):
+        def compute(self, **options):
             return {"clip_score": 20.0}
 
         def report(self, values, **kwargs):
             return type("Report", (), {"to_json": lambda self, path: None})()
 
-    import ornstein.metrics as metrics
     from ornstein.training import scoring
 
-    floor = type("Floor", (), {"expected_fid": lambda *args: 1.0, "to_dict": lambda self: {}})
-    monkeypatch.setattr(metrics, "real_floor", lambda *args, **kwargs: floor(), raising=False)
-    monkeypatch.setattr(metrics, "reference_statistics", lambda *args, **kwargs: None, raising=False)
-    monkeypatch.setattr(scoring, "memorisation", lambda *args, **kwargs: {"share": 0.05})
+    floor = type("Floor", (), {"to_dict": lambda self: {}})
+    for name, made in [
+        ("set_references", None),
+        ("floor_of", floor()),
+        ("further_floors", {}),
+        ("figures_beside", {}),
+        ("memorisation", {"share": 0.05}),
+        ("draw_neighbours", Image.new("RGB", (1, 1))),
+    ]:
+        monkeypatch.setattr(scoring, name, lambda *args, made=made, **kwargs: made)
     data = make_data()
     data.setup()
     data.train.captions = [f"a {name}" for name in ["red", "green", "blue"] * 8]

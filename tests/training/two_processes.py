@@ -36,6 +36,19 @@ from ornstein.training.callbacks import (
 )
 from ornstein.training.ema import EMA
 from ornstein.training.module import DiffusionModule
+from ornstein.training.scoring import draw_into, memorisation, set_references
+
+
+def make_metrics() -> GenerativeMetrics:
+    return GenerativeMetrics(
+        DigitsFeatures(),
+        num_samples=41,
+        kid_subsets=3,
+        kid_subset_size=20,
+        precision_recall=True,
+        bootstrap=20,
+        keep_features=30,
+    )
 
 
 def main(folder: Path) -> None:
@@ -70,7 +83,10 @@ def main(folder: Path) -> None:
             SampleGrid(folder, every=3, samples_per_class=2),
             Trajectory(folder, samples_per_class=2),
             GenerativeEvaluation(
-                folder, every=3, metrics=lambda: GenerativeMetrics(DigitsFeatures(), num_samples=41, kid=False)
+                folder,
+                every=3,
+                batch_size=8,
+                metrics=make_metrics,
             ),
             throughput,
             Checkpoint(folder, every=2, keep_every=True, monitor="val/loss"),
@@ -84,6 +100,14 @@ def main(folder: Path) -> None:
         "images_seen": throughput.summary()["images_seen"],
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(facts))
+    torch.distributed.destroy_process_group()
+    if trainer.global_rank == 0:  # alone now, with the same weights, in one batch
+        metrics = make_metrics()
+        set_references(metrics, trainer.datamodule.train)
+        drawn = draw_into(metrics, module, range(41), dataset=trainer.datamodule.train)
+        alone = metrics.compute()
+        near = memorisation(metrics, drawn.images, held_out=trainer.datamodule.val)
+        (folder / "alone.json").write_text(json.dumps(alone | {"memorised_share": near["share"]}))
 
 
 if __name__ == "__main__":

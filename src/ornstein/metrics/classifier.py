@@ -161,6 +161,8 @@ class ClassifierFeatures(FeatureExtractor):
     Raises: ValueError for an unknown name without ``weights``, or a file that is missing or damaged.
     """
 
+    agreed_samples = 10_000  # the size of MNIST's and Fashion-MNIST's test sets
+
     def __init__(self, name: str, weights: str | Path | None = None) -> None:
         super().__init__()
         if weights is None and name not in BUNDLED:
@@ -189,7 +191,7 @@ class DigitsFeatures(ClassifierFeatures):
         weights: a file of ``python -m ornstein.metrics.train_digits_features`` instead of the shipped one.
     """
 
-    default_samples = 1438  # as many as there are training scans
+    default_samples = agreed_samples = 1438  # as many as there are training scans
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__("digits", weights)

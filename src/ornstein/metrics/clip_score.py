@@ -7,7 +7,6 @@ No package carries one, so where none is at hand the score is left out, with one
 import json
 import logging
 import os
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ornstein.errors import OrnsteinError
 from ornstein.metrics.features import check_images
+from ornstein.metrics.hub import load_model
 
 log = logging.getLogger(__name__)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -158,33 +158,20 @@ def _side(entry: Any, default: int) -> int:
 def _load(name: str, *, download: bool) -> tuple[Any, Any, dict[str, Any]]:
     """Network, tokenizer and preparation of a CLIP; see :class:`ClipScore` for what is raised."""
     from transformers import AutoTokenizer, CLIPModel
+
+    def load(local: bool) -> tuple[Any, Any, dict[str, Any]]:
+        network = CLIPModel.from_pretrained(name, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        return network, tokenizer, preparation_of(name, local=local)
+
+    return load_model(name, load, what="a transformers CLIP with its tokenizer", download=download)
+
+
+def preparation_of(name: str, *, local: bool) -> dict[str, Any]:
+    """What ``preprocessor_config.json`` of a folder or hub name says of its images; empty where there is none."""
     from transformers.utils import cached_file
 
-    is_folder = Path(name).is_dir()
-    tries = [True] if is_folder or not download else [True, False]
-    reason: Exception | None = None
-    for local in tries:
-        try:
-            if not local:
-                _probe_hub()
-            network = CLIPModel.from_pretrained(name, local_files_only=local)
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-            file = cached_file(
-                name, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
-            )
-            return network, tokenizer, json.loads(Path(file).read_text()) if file else {}
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = error
-    line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
-    raise OrnsteinError(
-        f"no CLIP model could be loaded from {name!r} ({line}); give a folder that holds a transformers CLIP with its "
-        "tokenizer, or a hub name on a connected machine."
-    ) from reason
-
-
-def _probe_hub() -> None:
-    """Raise OSError soon if the hub cannot be reached, where its client would retry for a minute."""
-    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    request = urllib.request.Request(address, method="HEAD")
-    with urllib.request.urlopen(request, timeout=10):
-        pass
+    file = cached_file(
+        name, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
+    )
+    return json.loads(Path(file).read_text()) if file else {}

@@ -8,7 +8,9 @@ figures of different fingerprints are not comparable.
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Self
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,24 @@ LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601 weights of red, green and blue: the grey that Pillow's mode ``L`` and scanners give."""
 
 
+class WeightsMissing(OrnsteinError):
+    """Weights are not at hand and could not be fetched; the message says what to do."""
+
+
+class FeatureBatch(NamedTuple):
+    """All that an extractor says of B images, float32.
+
+    Attributes:
+        features: ``(B, num_features)``.
+        logits: ``(B, num_logits)``, None where there is no classifier's head.
+        spatial: ``(B, num_spatial)``, None where the space has no spatial features (sFID's).
+    """
+
+    features: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
+
+
 class FeatureExtractor(nn.Module):
     """Base of the extractors: frozen, always in eval mode, with a name and a fingerprint.
 
@@ -29,6 +49,10 @@ class FeatureExtractor(nn.Module):
         num_logits: width of the logits, or None where the network has no head.
         num_classes: how many classes of *the data* the logits tell apart, or None if they are another set's
             (Inception's 1,008 say nothing of the labels of the images judged).
+        num_spatial: width of the spatial features that sFID compares, or None.
+        suffix: ends the names of the figures of this space (``_dinov2``: ``fd_dinov2``, ``kid_dinov2``), so that they
+            are not taken for others; empty where the bare names are the custom.
+        agreed_samples: a Fréchet distance of fewer images bears their number in its name.
         default_samples: how many generated images a score in this space should rest on unless told otherwise.
         default_splits: parts over which the Inception Score is averaged unless told otherwise.
         fingerprint: hexadecimal SHA-256.
@@ -38,6 +62,9 @@ class FeatureExtractor(nn.Module):
     num_features: int
     num_logits: int | None
     num_classes: int | None
+    num_spatial: int | None = None
+    suffix: str = ""
+    agreed_samples: int = 50_000
     default_samples: int = 1000
     default_splits: int = 1
     fingerprint: str
@@ -56,6 +83,13 @@ class FeatureExtractor(nn.Module):
         Raises: ValueError if ``images`` is not such a tensor.
         """
         raise NotImplementedError
+
+    def all_features(self, images: Tensor) -> FeatureBatch:
+        """Features, logits and spatial features of uint8 images ``(B, 1 or 3, H, W)``, in one pass.
+
+        Raises: ValueError if ``images`` is not such a tensor.
+        """
+        return FeatureBatch(*self.features_and_logits(images))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -123,7 +157,7 @@ def fingerprint_of(state: Mapping[str, Tensor], *, preparation: str) -> str:
     return digest.hexdigest()
 
 
-FEATURE_SPACES = ("digits", "mnist", "fashion_mnist", "inception", "none")
+FEATURE_SPACES = ("digits", "mnist", "fashion_mnist", "inception", "efficientnet", "dinov2", "clip", "none")
 
 
 def check_features_name(name: str | None) -> None:
@@ -138,24 +172,67 @@ def check_features_name(name: str | None) -> None:
         )
 
 
+def check_feature_options(features: Mapping[str, Any]) -> None:
+    """Refuses options of the package's own extractors that cannot be met, before anything is loaded.
+
+    Args:
+        features: an extractor as configs name it, with its ``_target_``.
+
+    Raises:
+        ValueError: names the option, and what to give instead.
+    """
+    home, _, kind = str(features.get("_target_", "")).rpartition(".")
+    if not f"{home}.".startswith("ornstein.metrics."):
+        return
+    if kind == "InceptionFeatures":
+        from ornstein.metrics.inception import check_resize
+
+        check_resize(features.get("resize", "tf1"))
+    elif kind == "EfficientNetFeatures":
+        from ornstein.metrics.efficientnet import check_image_size
+
+        check_image_size(features.get("image_size", 128))
+    elif kind == "ModuleFeatures" and (features.get("module") or {}).get("_target_") in (None, "???"):
+        raise OrnsteinError(
+            "metrics=module names no network: add metrics.features.module._target_=package.Class, and its arguments as "
+            "+metrics.features.module.NAME=VALUE."
+        )
+    weights = features.get("weights")
+    # Of the others a name on the hub is as good as a folder.
+    local = kind in ("InceptionFeatures", "EfficientNetFeatures", "DigitsFeatures", "ClassifierFeatures")
+    if local and weights is not None and not Path(weights).expanduser().exists():
+        raise WeightsMissing(
+            f"metrics.features.weights={weights}: there is no such file; name one that is there, or null for the "
+            "feature space's own."
+        )
+
+
 def features_by_name(name: str | None, **options: Any) -> FeatureExtractor | None:
-    """The extractor called ``name``: digits, mnist, fashion_mnist or inception; None for ``none`` (or None).
+    """The extractor called ``name``, one of :data:`FEATURE_SPACES`; None for ``none`` (or None).
 
     What ``data.features`` names in the configs. Options go to the extractor's constructor (``weights=`` most of
     all).
 
     Raises:
-        WeightsMissing: for ``inception``, where its weights are neither at hand nor can be downloaded.
+        WeightsMissing: for a space whose weights are neither at hand nor can be downloaded.
         ValueError: for an unknown name.
     """
     check_features_name(name)
     if name is None or name == "none":
         return None
-    from ornstein.metrics.classifier import ClassifierFeatures, DigitsFeatures
-    from ornstein.metrics.inception import InceptionFeatures
-
     if name == "digits":
+        from ornstein.metrics.classifier import DigitsFeatures
+
         return DigitsFeatures(**options)
     if name in ("mnist", "fashion_mnist"):
+        from ornstein.metrics.classifier import ClassifierFeatures
+
         return ClassifierFeatures(name, **options)
-    return InceptionFeatures(**options)
+    module, kind = {
+        "inception": ("inception", "InceptionFeatures"),
+        "efficientnet": ("efficientnet", "EfficientNetFeatures"),
+        "dinov2": ("transformers_features", "DinoFeatures"),
+        "clip": ("transformers_features", "ClipFeatures"),
+    }[name]
+    found: FeatureExtractor = getattr(import_module(f"ornstein.metrics.{module}"), kind)(**options)
+    return found

@@ -1,65 +1,33 @@
-"""Streaming FID, KID, Inception Score, label accuracy and CLIP score of generated images.
+"""Streaming figures of generated images in one or several feature spaces.
 
-The accumulators and formulas are torchmetrics'. Each image goes through the extractor once and the features are
-handed to all of them (a module that returns what it is given stands where torchmetrics expects a network): the
-figures are those of ``FrechetInceptionDistance(feature=extractor)`` and its kin at a third of the cost. Sums are
-float64, so the batch size does not matter; the draws in KID and IS are seeded.
+Each image goes through each extractor once; what is kept of it is bounded (:mod:`ornstein.metrics.statistics`), so
+memory does not grow with the number of images, and the figures depend on neither batch size nor number of processes.
 """
 
 import os
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ornstein.errors import OrnsteinError
 from ornstein.metrics.features import FeatureExtractor, check_images
+from ornstein.metrics.figures.scores import Choice, figure_ticks, figures_of
 from ornstein.metrics.images import Source
-from ornstein.metrics.reference import ReferenceStatistics, compute_statistics
+from ornstein.metrics.numbers import check_metric_numbers
+from ornstein.metrics.reference import compute_statistics
 from ornstein.metrics.report import MetricReport
+from ornstein.metrics.spaces import Space, further_spaces, space_facts
+from ornstein.metrics.statistics import KEPT_FEATURES, Accumulator, Statistics, from_first, summed
 
 if TYPE_CHECKING:
     from ornstein.metrics.clip_score import ClipScore
+    from ornstein.metrics.text_alignment import TextAlignment
 
-
-class _Given(nn.Module):
-    """Stands for the extractor inside torchmetrics: takes features that are already there."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-def check_metric_numbers(
-    *,
-    num_samples: int | None = None,
-    kid_subsets: int = 1,
-    kid_subset_size: int = 1,
-    inception_splits: int | None = None,
-    **others: Any,
-) -> None:
-    """Checks the numbers among the arguments of :class:`GenerativeMetrics`; ``others`` are none.
-
-    Raises:
-        ValueError: names the option as it is typed, its value and what it must be.
-    """
-    counts = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
-    if inception_splits is not None:
-        counts["inception_splits"] = inception_splits
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise OrnsteinError(f"metrics.{name}={value} must be a whole number, at least 1.")
-    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 0 or num_samples == 1):
-        raise OrnsteinError(
-            f"metrics.num_samples={num_samples}: figures need at least 2 images; 0 is for none, null for the feature "
-            "space's own number."
-        )
+ROUNDING = "uint8: rounded to the nearest of 256 levels before any feature is taken"
 
 
 class GenerativeMetrics:
@@ -69,21 +37,36 @@ class GenerativeMetrics:
     of them the figures of all images.
 
     Args:
-        features: the feature space; always evaluated in eval mode.
-        kid: Kernel Inception Distance too.
-        inception_score: Inception Score too, where the extractor has logits.
-        label_accuracy: share of images that the extractor classifies as the label asked for, where its classes are
-            the data's and :meth:`update` is given labels.
+        features: the main feature space; always evaluated in eval mode.
+        also: further spaces, whose figures bear their names: extractors, or as configs name them (efficientnet: true;
+            dinov2, clip: a folder or hub name; a space that is false or null is left out).
         num_samples: how many images to generate for a score, for whoever generates them (kept as an attribute);
             None takes the extractor's default.
+        kid: Kernel Inception Distance too, with its standard error.
         kid_subsets, kid_subset_size: draws of the KID; its mean does not depend on them in expectation, its standard
             deviation does. The size is lowered to the number of images where there are fewer.
+        kid_all_pairs: KID over all pairs of kept images, without draws.
+        inception_score: Inception Score too, where the extractor has logits.
         inception_splits: parts over which the Inception Score is averaged; None takes the extractor's custom:
             10 for Inception, as in papers, else 1.
+        label_accuracy: share of images that the extractor classifies as the label asked for, where its classes are
+            the data's and :meth:`update` is given labels.
+        sfid: sFID too, where the space has spatial features (Inception).
+        precision_recall: improved precision and recall too, with ``neighbours`` neighbours.
+        density_coverage: density and coverage too, with ``density_neighbours`` neighbours.
+        cmmd: CMMD in every space; in CLIP's it is always taken.
+        fid_infinity: FID extrapolated to infinitely many samples too.
+        bootstrap: resamples of each figure's 95 % interval; 0 takes none.
+        keep_features: of how many images (generated, real) features are kept for KID, CMMD, precision, recall,
+            density, coverage, intervals and FID-infinity: a uniform subset chosen by image number.
+        reference: a file of published statistics or images to compare with, for whoever sets the references (kept as
+            ``published``; see :func:`ornstein.metrics.read_published`).
         clip: scores images against captions given to :meth:`update`: a score, or the folder or hub name of a CLIP,
             which is loaded when captions first come; None looks at ``$ORNSTEIN_CLIP``. No model at hand costs the
             score and one logged line.
-        seed: of the draws of KID and IS.
+        text_alignment: retrieval of captions by images too (:class:`ornstein.metrics.TextAlignment`), once captions
+            come.
+        seed: of the draws of KID, subsets and intervals.
 
     Raises: ValueError if there is no extractor, or for numbers out of their range.
     """
@@ -92,14 +75,27 @@ class GenerativeMetrics:
         self,
         features: FeatureExtractor | None,
         *,
-        kid: bool = True,
-        inception_score: bool = True,
-        label_accuracy: bool = True,
+        also: Mapping[str, Any] | Sequence[FeatureExtractor] | None = None,
         num_samples: int | None = None,
+        kid: bool = True,
         kid_subsets: int = 100,
         kid_subset_size: int = 1000,
+        kid_all_pairs: bool = False,
+        inception_score: bool = True,
         inception_splits: int | None = None,
+        label_accuracy: bool = True,
+        sfid: bool = False,
+        precision_recall: bool = False,
+        neighbours: int = 3,
+        density_coverage: bool = False,
+        density_neighbours: int = 5,
+        cmmd: bool = False,
+        fid_infinity: bool = False,
+        bootstrap: int = 200,
+        keep_features: int = KEPT_FEATURES,
+        reference: str | Path | None = None,
         clip: "ClipScore | str | Path | None" = None,
+        text_alignment: bool = False,
         seed: int = 0,
     ) -> None:
         if features is None:
@@ -112,191 +108,227 @@ class GenerativeMetrics:
             kid_subsets=kid_subsets,
             kid_subset_size=kid_subset_size,
             inception_splits=inception_splits,
+            neighbours=neighbours,
+            density_neighbours=density_neighbours,
+            keep_features=keep_features,
+            bootstrap=bootstrap,
+            precision_recall=precision_recall,
         )
-        from torchmetrics import MeanMetric, Metric, SumMetric
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.image.inception import InceptionScore
-        from torchmetrics.image.kid import KernelInceptionDistance
-
-        self.features = features.eval()
+        self.choice = Choice(
+            kid=kid,
+            kid_subsets=kid_subsets,
+            kid_subset_size=kid_subset_size,
+            kid_all_pairs=kid_all_pairs,
+            inception_score=inception_score,
+            sfid=sfid,
+            precision_recall=precision_recall,
+            neighbours=neighbours,
+            density_coverage=density_coverage,
+            density_neighbours=density_neighbours,
+            cmmd=cmmd,
+            fid_infinity=fid_infinity,
+            bootstrap=bootstrap,
+            seed=seed,
+        )
         self.num_samples = features.default_samples if num_samples is None else num_samples
+        self.keep_features = keep_features
+        self.published = None if reference is None else Path(reference).expanduser()
         self.clip = None if clip is None or isinstance(clip, str | Path) else clip
         self._clip_model = clip if isinstance(clip, str | Path) else None
         self._clip_wanted = self.clip is None
-        self.seed = seed
-        self.reference: ReferenceStatistics | None = None
-        self._kid_subset_size = kid_subset_size
-        self._splits = features.default_splits if inception_splits is None else inception_splits
-        self._metrics: dict[str, Metric] = {
-            "count": SumMetric(compute_with_cache=False),
-            "fid": FrechetInceptionDistance(
-                feature=_Given(features.num_features), reset_real_features=False, compute_with_cache=False
-            ),
-        }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer.*")
-            if kid:
-                self._metrics["kid"] = KernelInceptionDistance(
-                    feature=_Given(features.num_features),
-                    subsets=kid_subsets,
-                    subset_size=kid_subset_size,
-                    reset_real_features=False,
-                    compute_with_cache=False,
-                )
-            if inception_score and features.num_logits is not None:
-                self._metrics["inception_score"] = InceptionScore(
-                    feature=_Given(features.num_logits), splits=self._splits, compute_with_cache=False
-                )
-        if label_accuracy and features.num_classes is not None:
-            self._metrics["label_accuracy"] = MeanMetric(compute_with_cache=False)
-        self._settings = {
-            "num_features": features.num_features,
-            "kid_subsets": kid_subsets if kid else None,
-            "kid_subset_size": kid_subset_size if kid else None,
-            "inception_splits": self._splits if "inception_score" in self._metrics else None,
-            "seed": seed,
-        }
-        self.to(next(features.parameters()).device)
+        self.text_alignment: TextAlignment | None = None
+        self._alignment_wanted = text_alignment
+        self._wants_accuracy = label_accuracy and features.num_classes is not None
+        self.spaces: list[Space] = []
+        for number, each in enumerate([features, *further_spaces(also)]):
+            splits = each.default_splits if inception_splits is None or number else inception_splits
+            accumulator = Accumulator(
+                each.eval(), keep=keep_features, splits=splits, spatial=sfid, rows=bootstrap > 0, seed=seed
+            )
+            self.spaces.append(Space(each, accumulator))
         self.reset()
 
     @property
+    def features(self) -> FeatureExtractor:
+        """The main feature space."""
+        return self.spaces[0].features
+
+    @property
+    def reference(self) -> Statistics | None:
+        """What the main space's figures are measured against."""
+        return self.spaces[0].reference
+
+    @property
     def device(self) -> torch.device:
-        """Where the extractor is."""
-        return next(self.features.parameters()).device
+        """Where the extractors are."""
+        return self.spaces[0].accumulator.device
 
     def to(self, device: torch.device | str) -> Self:
-        """Move extractor and accumulators (these stay on the CPU where a device has no float64)."""
-        self.features.to(device)
-        if self.clip is not None:
-            self.clip.to(device)
-        self._state_device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
-        for metric in self._metrics.values():
-            metric.to(self._state_device)
+        """Move extractors and accumulators (these stay on the CPU where a device has no float64)."""
+        for space in self.spaces:
+            space.accumulator.to(device)
+        for judge in (self.clip, self.text_alignment):
+            if judge is not None:
+                judge.to(device)
         return self
 
-    def set_reference(self, reference: ReferenceStatistics | Source, *, batch_size: int = 256) -> None:
-        """Say what the real images are: cached statistics, or the images themselves (uint8; see ``Source``)."""
-        if not isinstance(reference, ReferenceStatistics):
-            reference = compute_statistics(self.features, reference, batch_size=batch_size)
-        if reference.feature_sum.shape != (self.features.num_features,):
-            raise OrnsteinError(
-                f"the reference statistics have {reference.feature_sum.shape[0]} features, the extractor "
-                f"{self.features.name!r} has {self.features.num_features}; compute them with the same extractor."
+    def set_reference(
+        self, reference: Statistics | Source, *, space: FeatureExtractor | None = None, batch_size: int = 256
+    ) -> None:
+        """Say what the real images of a space are: statistics, or the images themselves (uint8; see ``Source``).
+
+        Args:
+            space: one of :attr:`spaces`' extractors; None is the main one.
+
+        Raises: ValueError if the statistics are those of another extractor.
+        """
+        of = self.spaces[0] if space is None else next(each for each in self.spaces if each.features is space)
+        features = of.features
+        if not isinstance(reference, Statistics):
+            reference = compute_statistics(
+                features, reference, batch_size=batch_size, max_features=self.keep_features, spatial=self.choice.sfid
             )
-        made_with = reference.source.get("extractor_fingerprint", self.features.fingerprint)
-        if made_with != self.features.fingerprint:
+        if reference.mean.shape != (features.num_features,):
+            raise OrnsteinError(
+                f"the reference statistics have {reference.mean.shape[0]} features, the extractor "
+                f"{features.name!r} has {features.num_features}; compute them with the same extractor."
+            )
+        made_with = reference.source.get("extractor_fingerprint", features.fingerprint)
+        if made_with != features.fingerprint:
             raise OrnsteinError(
                 f"the reference statistics were made with another extractor (fingerprint {made_with[:12]}) than "
-                f"{self.features.name!r} ({self.features.fingerprint[:12]}); compute them with the same one."
+                f"{features.name!r} ({features.fingerprint[:12]}); compute them with the same one."
             )
-        self.reference = reference
-        # torchmetrics sums and concatenates its states over processes: only the first may hold the real images.
-        first = _rank() == 0
-        fid, kid = self._metrics["fid"], self._metrics.get("kid")
-        scale = 1 if first else 0
-        fid.real_features_sum = reference.feature_sum.to(self._state_device) * scale
-        fid.real_features_cov_sum = reference.feature_outer.to(self._state_device) * scale
-        fid.real_features_num_samples = torch.tensor(reference.count * scale, device=self._state_device)
-        if kid is not None:
-            kid.real_features = [reference.features[: None if first else 0].to(self._state_device)]
+        of.reference = reference
 
     @torch.no_grad()
-    def update(self, images: Tensor, labels: Tensor | None = None, *, captions: Sequence[str] | None = None) -> None:
+    def update(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        captions: Sequence[str] | None = None,
+        index: Tensor | None = None,
+    ) -> None:
         """Take in generated images.
 
         Args:
             images: uint8 ``(B, 1 or 3, H, W)``.
             labels: int64 ``(B,)``, the classes asked for.
             captions: the B texts asked for.
+            index: int64 ``(B,)``, the images' numbers, which decide whose features are kept; None counts on.
 
         Raises: ValueError if the images are not uint8 or the lengths differ.
         """
         check_images(images)
-        for name, values in (("labels", labels), ("captions", captions)):
+        for name, values in (("labels", labels), ("captions", captions), ("numbers", index)):
             if values is not None and len(values) != len(images):
                 raise OrnsteinError(f"{len(images)} images came with {len(values)} {name}; give one for each image.")
-        features, logits = self.features.features_and_logits(images.to(self.device, non_blocking=True))
-        if not features.isfinite().all():
-            raise OrnsteinError(f"the {self.features.name} features of a batch are not finite; look at its images.")
-        self._feed(features, logits)
-        if labels is not None and logits is not None and "label_accuracy" in self._metrics:
-            hits = logits.argmax(dim=1) == labels.to(logits.device)
-            self._metrics["label_accuracy"].update(hits.float().to(self._state_device))
+        logits = None
+        for number, space in enumerate(self.spaces):
+            batch = space.accumulator.update(images, index)
+            if number == 0:
+                logits = batch.logits
+        if labels is not None and logits is not None and self._wants_accuracy:
+            self._hits += (logits.argmax(dim=1) == labels.to(logits.device)).sum().cpu()
+            self._judged += len(labels)
         if captions is not None:
-            self._update_clip(images, captions)
+            self._update_texts(images, captions)
 
     @property
     def names_clip(self) -> bool:
         """Whether a CLIP is given or named; without one, captions that nobody asked for need not be scored."""
         return self.clip is not None or bool(self._clip_model or os.environ.get("ORNSTEIN_CLIP"))
 
-    def _update_clip(self, images: Tensor, captions: Sequence[str]) -> None:
-        if self._clip_wanted:
+    def _update_texts(self, images: Tensor, captions: Sequence[str]) -> None:
+        self._make_judges(clip=True, alignment=True)
+        for judge in (self.clip, self.text_alignment):
+            if judge is not None:
+                judge.update(images, captions)
+
+    def _make_judges(self, *, clip: bool, alignment: bool) -> None:
+        """Loads what judges captions, which is looked for once."""
+        if clip and self._clip_wanted:
             from ornstein.metrics.clip_score import clip_at_hand
 
-            self._clip_wanted = False  # looked for once
+            self._clip_wanted = False
             self.clip = clip_at_hand(self._clip_model)
             if self.clip is not None:
                 self.clip.to(self.device)
-        if self.clip is not None:
-            self.clip.update(images, captions)
+        if alignment and self._alignment_wanted:
+            from ornstein.metrics.text_alignment import text_alignment_at_hand
 
-    def _feed(self, features: Tensor, logits: Tensor | None) -> None:
-        features = features.to(self._state_device)
-        self._metrics["count"].update(torch.tensor(float(len(features)), device=self._state_device))
-        self._metrics["fid"].update(features.double(), real=False)
-        if "kid" in self._metrics:
-            self._metrics["kid"].update(features.float(), real=False)
-        if "inception_score" in self._metrics and logits is not None:
-            # In float64: float32 probabilities of a sure classifier underflow, and 0 times log 0 is not a number.
-            self._metrics["inception_score"].update(logits.to(self._state_device).double())
+            self._alignment_wanted = False
+            self.text_alignment = text_alignment_at_hand()
+            if self.text_alignment is not None:
+                self.text_alignment.to(self.device)
 
-    def compute(self) -> dict[str, float]:
+    def _judged_texts(self) -> dict[str, float]:
+        """What captions and images have to do with each other; a process that had none takes part all the same."""
+        others = summed(torch.tensor([self.clip is not None, self.text_alignment is not None]).long())
+        self._make_judges(clip=bool(others[0]), alignment=bool(others[1]))
+        values = {}
+        if self.clip is not None and (clip := self.clip.compute()) is not None:
+            values["clip_score"] = clip
+        return values | ({} if self.text_alignment is None else self.text_alignment.compute())
+
+    def ticks(self, *, intervals: bool = True) -> int:
+        """How often :meth:`compute` calls ``advance`` at most: for a progress bar's length."""
+        return figure_ticks(self._choice(intervals), len(self.spaces))
+
+    def compute(self, *, intervals: bool = True, advance: Callable[[], None] | None = None) -> dict[str, float]:
         """The figures of all images so far; under torch.distributed every process must call this.
 
-        Returns: ``fid``; ``kid`` and ``kid_std``; ``inception_score`` (and ``inception_score_std`` with more than
-        one split); ``label_accuracy`` in [0, 1]; ``clip_score`` in [0, 100]: those that there is something for.
+        Args:
+            intervals: also the figures' 95 % intervals, where ``bootstrap`` asks for them.
+            advance: called as the slow ones go on.
+
+        Returns: figures by name (:mod:`ornstein.metrics.figures.naming`): ``fid``, or with too few images to compare
+        ``fid_1k``; ``kid``, ``kid_std``, ``kid_se``; ``sfid``; ``inception_score`` (and ``inception_score_std`` with
+        more than one split); ``precision``, ``recall``, ``density``, ``coverage``; ``label_accuracy`` in [0, 1];
+        ``clip_score`` in [0, 100]: those that there is something for. Ends of intervals are ``<name>_low`` and
+        ``<name>_high``.
 
         Raises: ValueError without a reference, or with fewer than two images.
         """
-        if self.reference is None:
+        if any(space.reference is None for space in self.spaces):
             raise OrnsteinError("there are no real images to compare with; call set_reference first.")
         total = self.count()
         if total < 2:
             raise OrnsteinError(f"generative metrics need two images at least, got {total}; raise metrics.num_samples.")
-        values = {"fid": float(self._metrics["fid"].compute())}
-        with torch.random.fork_rng(devices=[]):  # torchmetrics draws from the global generator
-            torch.manual_seed(self.seed)
-            if "kid" in self._metrics:
-                kid = self._metrics["kid"]
-                _merge(kid, "real_features", "fake_features")
-                kid.subset_size = min(self._kid_subset_size, total, len(self.reference.features))
-                mean, deviation = kid.compute()
-                values |= {"kid": float(mean), "kid_std": float(deviation)}
-            if "inception_score" in self._metrics:
-                score = self._metrics["inception_score"]
-                _merge(score, "features")
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".*degrees of freedom.*")  # one split has no deviation
-                    mean, deviation = score.compute()
-                values["inception_score"] = float(mean)
-                if self._splits > 1:
-                    values["inception_score_std"] = float(deviation)
-        if "label_accuracy" in self._metrics:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*before the ``update`` method.*")
-                share = self._metrics["label_accuracy"].compute()
-            if share.isfinite():  # 0/0 where no process was given labels
-                values["label_accuracy"] = float(share)
-        if self.clip is not None:
-            clip = self.clip.compute()
-            if clip is not None:
-                values["clip_score"] = clip
+        generated = [space.accumulator.statistics() for space in self.spaces]
+        values = from_first(lambda: self._figures(generated, self._choice(intervals), advance))
+        values |= self._accuracy(intervals)
+        return values | self._judged_texts()
+
+    def _choice(self, intervals: bool) -> Choice:
+        return self.choice if intervals else replace(self.choice, bootstrap=0)
+
+    def _figures(
+        self, generated: list[Statistics], choice: Choice, advance: Callable[[], None] | None
+    ) -> dict[str, float]:
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        values: dict[str, float] = {}
+        for space, images in zip(self.spaces, generated, strict=True):
+            assert space.reference is not None
+            values |= figures_of(space.features, images.on(device), space.reference, choice, advance=advance)
         return values
+
+    def _accuracy(self, intervals: bool) -> dict[str, float]:
+        hits, judged = summed(self._hits), summed(torch.tensor(self._judged))
+        if not judged:  # no process was given labels
+            return {}
+        from ornstein.metrics.figures.intervals import share_interval
+
+        found = {"label_accuracy": int(hits) / int(judged)}
+        if intervals and self.choice.bootstrap:
+            low, high = share_interval(int(hits), int(judged), resamples=self.choice.bootstrap, seed=self.choice.seed)
+            found |= {"label_accuracy_low": low, "label_accuracy_high": high}
+        return found
 
     def count(self) -> int:
         """How many generated images have come in, over all processes (collective)."""
-        return int(self._metrics["count"].compute())
+        return self.spaces[0].accumulator.count()
 
     def report(
         self,
@@ -309,29 +341,38 @@ class GenerativeMetrics:
     ) -> MetricReport:
         """The figures (:meth:`compute`'s, unless given) with all that decides them; see :class:`MetricReport`."""
         values = self.compute() if values is None else values
-        assert self.reference is not None
+        spaces = {space.features.name: space_facts(space) for space in self.spaces}
+        main = spaces[self.features.name]
         return MetricReport(
             values=dict(values),
             num_samples=self.count(),
-            reference={"count": self.reference.count, **self.reference.source},
+            reference=main["reference"],
             extractor=self.features.name,
             fingerprint=self.features.fingerprint,
             label_protocol=label_protocol,
-            settings={**self._settings, "clip": None if self.clip is None else self.clip.name},
+            settings={
+                **self.choice.facts(),
+                "num_features": self.features.num_features,
+                "inception_splits": main["inception_splits"] if self.choice.inception_score else None,
+                "keep_features": self.keep_features,
+                "agreed_samples": self.features.agreed_samples,
+                "images": ROUNDING,
+                "clip": None if self.clip is None else self.clip.name,
+            },
+            spaces={name: facts for name, facts in spaces.items() if name != self.features.name},
             sampling=sampling or {},
             floor=floor,
             memorisation=memorisation,
         )
 
     def reset(self) -> None:
-        """Forget the generated images; the reference stays."""
-        for metric in self._metrics.values():
-            metric.reset()
-        if self.clip is not None:
-            self.clip.reset()
-        # A process without a single image must still take part when the others gather.
-        logits = None if self.features.num_logits is None else torch.empty(0, self.features.num_logits)
-        self._feed(torch.empty(0, self.features.num_features), logits)
+        """Forget the generated images; the references stay."""
+        for space in self.spaces:
+            space.accumulator.reset()
+        self._hits, self._judged = torch.tensor(0), 0
+        for judge in (self.clip, self.text_alignment):
+            if judge is not None:
+                judge.reset()
 
 
 def label_accuracy(features: FeatureExtractor, images: Tensor, labels: Tensor) -> float:
@@ -346,16 +387,3 @@ def label_accuracy(features: FeatureExtractor, images: Tensor, labels: Tensor) -
         )
     found = features.logits(images.to(next(features.parameters()).device)).argmax(dim=1)
     return float((found.cpu() == labels.cpu()).float().mean())
-
-
-def _merge(metric: Any, *names: str) -> None:
-    """Make each list state one tensor: processes with lists of different lengths would wait for each other forever."""
-    for name in names:
-        state = getattr(metric, name)
-        if isinstance(state, list) and len(state) > 1:
-            setattr(metric, name, [torch.cat(state)])
-
-
-def _rank() -> int:
-    dist = torch.distributed
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

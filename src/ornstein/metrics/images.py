@@ -22,7 +22,7 @@ def batches(source: Source, *, batch_size: int = 256, limit: int | None = None) 
     Raises: ValueError if ``source`` is none of the forms of :data:`Source`.
     """
     left = limit if limit is not None else None
-    for images in _walk(source, batch_size):
+    for _, images in _some(source, batch_size, limit):
         if left is not None:
             images = images[:left]
             left -= len(images)
@@ -32,12 +32,36 @@ def batches(source: Source, *, batch_size: int = 256, limit: int | None = None) 
             return
 
 
+def _some(source: Source, batch_size: int, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    if limit is None or getattr(source, "bucket_of", None) is None or limit >= len(source):
+        yield from numbered_batches(source, batch_size=batch_size)
+        return
+    # The first of a data set of several shapes would all have one: these have them in the data's proportions.
+    for rows in source.pieces(size=batch_size, rows=torch.arange(limit) * len(source) // limit):
+        yield torch.as_tensor(rows), source.batch(rows)["image"]
+
+
+def numbered_batches(source: Source, *, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images' numbers in ``source``, int64 ``(B,)``, and uint8 batches ``(B, C, H, W)``; see :func:`batches`."""
+    if not isinstance(source, Tensor) and hasattr(source, "batch") and hasattr(source, "__len__"):
+        # A data set of several shapes is walked shape by shape: a batch has one.
+        for rows in source.pieces(size=batch_size) if hasattr(source, "pieces") else _ranges(source, batch_size):
+            index = torch.as_tensor(rows)
+            yield index, source.batch(index)["image"]
+        return
+    count = 0
+    for images in _walk(source, batch_size):
+        yield torch.arange(count, count + len(images)), images
+        count += len(images)
+
+
+def _ranges(source: Source, size: int) -> Iterator[Tensor]:
+    return iter(torch.arange(len(source)).split(size))
+
+
 def _walk(source: Source, batch_size: int) -> Iterator[Tensor]:
     if isinstance(source, Tensor):
         yield from source.split(batch_size)
-    elif hasattr(source, "batch") and hasattr(source, "__len__"):
-        for start in range(0, len(source), batch_size):
-            yield source.batch(torch.arange(start, min(start + batch_size, len(source))))["image"]
     elif isinstance(source, Iterable):
         for item in source:
             yield item["image"] if isinstance(item, Mapping) else item

@@ -1,7 +1,8 @@
 """Reference statistics of real images: computed once, kept on disk, never trusted blindly.
 
-A file is named by the SHA-256 of everything that decides its content (data fingerprint, split, image size, extractor
-fingerprint, how many images and features), is written whole or not at all, and carries a checksum of its tensors. One
+A file is named after the data, the split, the size and the feature space, and by the SHA-256 of everything that
+decides its content (data fingerprint, extractor fingerprint, how many features are kept, ...), which stands in full
+inside. It is written whole or not at all, by one process while others wait, and carries a checksum of its tensors. One
 that is damaged is computed again, with one line that says so.
 """
 
@@ -9,9 +10,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +25,11 @@ from torch import Tensor
 
 from ornstein.errors import OrnsteinError
 from ornstein.metrics.features import FeatureExtractor
-from ornstein.metrics.images import Source, batches
+from ornstein.metrics.images import Source, numbered_batches
+from ornstein.metrics.statistics import KEPT_FEATURES, Accumulator, Moments, Predictions, Statistics
 
 log = logging.getLogger(__name__)
-FORMAT = "ornstein.reference_statistics.1"
-KEPT_FEATURES = 10_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceStatistics:
-    """What FID, KID and IS need to know of the real images.
-
-    Attributes:
-        feature_sum: float64 ``(D,)``, sum of the features.
-        feature_outer: float64 ``(D, D)``, sum of their outer products.
-        count: how many images.
-        features: float32 ``(M, D)``, those that KID compares with: all, or a fixed random subset of them.
-        inception_score: of the real images (no splits), or None without logits.
-        source: what was measured: the parts of the cache key, for the report.
-    """
-
-    feature_sum: Tensor
-    feature_outer: Tensor
-    count: int
-    features: Tensor
-    inception_score: float | None = None
-    source: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean feature, float64 ``(D,)``."""
-        return self.feature_sum / self.count
-
-    @property
-    def cov(self) -> Tensor:
-        """Unbiased covariance of the features, float64 ``(D, D)``."""
-        return covariance(self.feature_sum, self.feature_outer, self.count)
-
-
-def covariance(feature_sum: Tensor, feature_outer: Tensor, count: int) -> Tensor:
-    """Unbiased covariance ``(D, D)`` from the sums of ``count`` features and of their outer products, float64."""
-    if count < 2:
-        raise OrnsteinError(f"a covariance needs two images at least, got {count}; raise metrics.num_samples.")
-    mean = feature_sum / count
-    return (feature_outer - count * torch.outer(mean, mean)) / (count - 1)
-
-
-def inception_score(logits: Tensor) -> float:
-    r"""Inception Score of all images at once, without splits: exp of the mean KL from the marginal.
-
-    .. math:: \mathrm{IS} = \exp \mathbb{E}_x\, \mathrm{KL}\bigl(p(y \mid x) \,\|\, p(y)\bigr)
-
-    Between 1 and the number of classes. Source: Salimans et al. 2016 (arXiv 1606.03498), section 4. ``logits (N, K)``.
-    """
-    logp = logits.double().log_softmax(dim=1)
-    p = logp.exp()
-    marginal = p.mean(dim=0, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    return float((p * (logp - marginal.log())).sum(dim=1).mean().exp())
+FORMAT = "ornstein.reference_statistics.2"
 
 
 @torch.no_grad()
@@ -88,43 +39,25 @@ def compute_statistics(
     *,
     batch_size: int = 256,
     max_features: int = KEPT_FEATURES,
+    spatial: bool = False,
     source: Mapping[str, Any] | None = None,
-) -> ReferenceStatistics:
-    """Statistics of all ``images`` (see :data:`ornstein.metrics.images.Source`), in one pass.
+) -> Statistics:
+    """Statistics of all ``images`` (see :data:`ornstein.metrics.images.Source`), in one pass, by this process alone.
 
     Args:
-        max_features: keep at most this many feature vectors for KID: a random subset, the same on every call.
+        max_features: keep at most this many feature vectors: a uniform subset, the same on every call.
+        spatial: also moments of spatial features, where the space has them (sFID).
 
     Raises: ValueError if there are fewer than two images.
     """
-    device = next(features.parameters()).device
-    total = torch.zeros(features.num_features, dtype=torch.float64)
-    outer = torch.zeros(features.num_features, features.num_features, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    kept, ranks = torch.empty(0, features.num_features), torch.empty(0, dtype=torch.float64)
-    logits: list[Tensor] = []
+    accumulator = Accumulator(features, keep=max_features, spatial=spatial)
     count = 0
-    for batch in batches(images, batch_size=batch_size):
-        values, heads = features.features_and_logits(batch.to(device, non_blocking=True))
-        values = values.float().cpu()
-        wide = values.double()
-        total += wide.sum(0)
-        outer += wide.T @ wide
-        count += len(values)
-        if heads is not None:
-            logits.append(heads.float().cpu())
-        # Every image draws a rank and the lowest stay: a uniform subset in one pass, whatever the batch size.
-        kept = torch.cat([kept, values])
-        ranks = torch.cat([ranks, torch.rand(len(values), generator=generator, dtype=torch.float64)])
-        if len(kept) > max_features:
-            rows = ranks.topk(max_features, largest=False).indices.sort().values
-            kept, ranks = kept[rows], ranks[rows]
+    for index, batch in numbered_batches(images, batch_size=batch_size):
+        accumulator.update(batch, index)
+        count += len(batch)
     if count < 2:
         raise OrnsteinError(f"reference statistics need two real images at least, got {count}; look at data.root.")
-    score = inception_score(torch.cat(logits)) if logits else None
-    return ReferenceStatistics(
-        feature_sum=total, feature_outer=outer, count=count, features=kept, inception_score=score, source=source or {}
-    )
+    return accumulator.own_statistics(source)
 
 
 def cache_folder() -> Path:
@@ -142,11 +75,15 @@ class _Key:
     extractor: str
     extractor_fingerprint: str
     max_features: int
+    spatial: bool
     format: str = FORMAT
 
-    def file_name(self) -> str:
-        line = json.dumps(asdict(self), sort_keys=True)
-        return f"{self.extractor}-{hashlib.sha256(line.encode()).hexdigest()[:32]}.safetensors"
+    def path(self, folder: Path, name: str) -> Path:
+        """The file; the same content under another ``name`` is found by its hash."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+        words = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{name}-{self.split}-{self.image_size}px-{self.extractor}")[:100]
+        own = folder / f"{words}-{digest}.safetensors"
+        return own if own.exists() else next(iter(sorted(folder.glob(f"*-{digest}.safetensors"))), own)
 
 
 def reference_statistics(
@@ -159,8 +96,11 @@ def reference_statistics(
     folder: str | Path | None = None,
     batch_size: int = 256,
     max_features: int = KEPT_FEATURES,
-) -> ReferenceStatistics:
+    spatial: bool = False,
+) -> Statistics:
     """Statistics of a data set's images from the cache, or computed and put there.
+
+    Of several processes that need the same, one computes and the others wait and read.
 
     Args:
         features: the extractor.
@@ -168,7 +108,8 @@ def reference_statistics(
         data_fingerprint, split, image_size: for other sources; they make the cache key.
         folder: of the cache; None is :func:`cache_folder`.
         batch_size: of the extraction; does not change the result beyond rounding.
-        max_features: how many feature vectors are kept for KID.
+        max_features: how many feature vectors are kept for the figures that compare images one by one.
+        spatial: also spatial features' moments (sFID), where the space has them.
 
     Raises: ValueError if nothing says which data these are, or there are fewer than two images.
     """
@@ -187,39 +128,107 @@ def reference_statistics(
         extractor=features.name,
         extractor_fingerprint=features.fingerprint,
         max_features=max_features,
+        spatial=spatial and features.num_spatial is not None,
     )
-    path = (cache_folder() if folder is None else Path(folder)) / key.file_name()
-    if path.exists():
+    named = getattr(dataset, "name", None)  # a tensor has a name, which is None
+    name = named if isinstance(named, str) else "data"
+    path = key.path(cache_folder() if folder is None else Path(folder), name)
+    if (found := _cached(path)) is not None:
+        return found
+    with _turn(path):
+        if (found := _cached(path, quiet=True)) is not None:  # another process was first
+            return found
+        statistics = compute_statistics(
+            features,
+            dataset,
+            batch_size=batch_size,
+            max_features=max_features,
+            spatial=spatial,
+            source={"name": name} | asdict(key),
+        )
         try:
-            return _load(path)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            log.warning("cached statistics %s are damaged (%s): computing them again.", path, error)
-    statistics = compute_statistics(
-        features, dataset, batch_size=batch_size, max_features=max_features, source=asdict(key)
-    )
-    try:
-        _save(statistics, path)
-    except OSError as error:
-        log.warning("statistics are not cached, %s cannot be written (%s); set $ORNSTEIN_CACHE.", path.parent, error)
+            _save(statistics, path)
+        except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
+            log.warning(
+                "statistics are not cached, %s cannot be written (%s): the figures come all the same, and the next run "
+                "tries again; free some space or set $ORNSTEIN_CACHE.",
+                path.parent,
+                _line(error),
+            )
     return statistics
 
 
-def _tensors(statistics: ReferenceStatistics) -> dict[str, Tensor]:
-    return {
-        "feature_sum": statistics.feature_sum.contiguous(),
-        "feature_outer": statistics.feature_outer.contiguous(),
-        "features": statistics.features.contiguous(),
+def _cached(path: Path, *, quiet: bool = False) -> Statistics | None:
+    if not path.exists():
+        return None
+    try:
+        return _load(path)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if not quiet:
+            log.warning("cached statistics %s are damaged (%s): computing them again.", path, _line(error))
+        return None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One process at a time in here, of all that ask for ``path``; where files cannot be locked, all at once."""
+    try:
+        import fcntl
+    except ImportError:  # no POSIX: at worst two processes compute the same, and each replaces the file whole
+        yield
+        return
+    lock = path.with_name(f".{path.stem}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another process computes %s: waiting for it.", path.name)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # Whoever had it before took the file away: then this lock is one that nobody else will meet.
+            if lock.exists() and os.path.samestat(os.fstat(handle), os.stat(lock)):
+                break
+            os.close(handle)
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _tensors(statistics: Statistics) -> dict[str, Tensor]:
+    found = {
+        "mean": statistics.mean,
+        "cov": statistics.cov,
+        "features": statistics.features,
+        "index": statistics.index,
     }
+    if statistics.predictions is not None:
+        predictions = statistics.predictions
+        found |= {"class_total": predictions.total, "class_entropy": predictions.entropy}
+        found |= {"class_count": predictions.count}
+    if statistics.spatial is not None:
+        found |= {"spatial_mean": statistics.spatial.mean, "spatial_cov": statistics.spatial.cov}
+    return {name: value.contiguous() for name, value in found.items()}
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _save(statistics: ReferenceStatistics, path: Path) -> None:
+def _save(statistics: Statistics, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(statistics)
     facts = {
@@ -232,19 +241,33 @@ def _save(statistics: ReferenceStatistics, path: Path) -> None:
     os.close(handle)
     try:
         save_file(tensors, partial, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+        os.chmod(partial, 0o644)  # mkstemp's files are its owner's alone, and a cache may be shared
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
 
 
-def _load(path: Path) -> ReferenceStatistics:
+def _load(path: Path) -> Statistics:
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     facts = json.loads(header["facts"])
     if header.get("format") != FORMAT or facts["checksum"] != _checksum(tensors):
         raise OrnsteinError("its checksum does not fit")
-    return ReferenceStatistics(
-        count=facts["count"], inception_score=facts["inception_score"], source=facts["source"], **tensors
+    predictions = spatial = None
+    if "class_total" in tensors:
+        predictions = Predictions(
+            total=tensors["class_total"], entropy=tensors["class_entropy"], count=tensors["class_count"]
+        )
+    if "spatial_mean" in tensors:
+        spatial = Moments(mean=tensors["spatial_mean"], cov=tensors["spatial_cov"])
+    return Statistics(
+        count=facts["count"],
+        moments=Moments(mean=tensors["mean"], cov=tensors["cov"]),
+        features=tensors["features"],
+        index=tensors["index"],
+        predictions=predictions,
+        spatial=spatial,
+        source=facts["source"],
     )

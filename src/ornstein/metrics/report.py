@@ -26,16 +26,19 @@ class MetricReport:
     """Figures, and all that decides them.
 
     Attributes:
-        values: ``fid``, ``kid``, ``kid_std``, ``inception_score``, ``label_accuracy``, ... as
-            :meth:`GenerativeMetrics.compute` gives them.
+        values: ``fid`` (``fid_1k`` of too few images to compare), ``kid``, ``kid_se``, ``inception_score``,
+            ``label_accuracy``, ... as :meth:`GenerativeMetrics.compute` gives them, with the ends of their 95 %
+            intervals, ``<name>_low`` and ``<name>_high``.
         num_samples: how many generated images they rest on.
         reference: the real images compared with: count, data fingerprint, split, image size.
         extractor: name of the feature space.
         fingerprint: of its weights and image preparation; figures of two fingerprints do not compare.
         label_protocol: how labels were asked for: ``balanced``, ``held_out`` (the conditions of held-out data, in
             order), ``none``, ...
-        settings: of the metrics themselves: number of features, KID subsets, splits of the Inception Score, seed.
-        sampling: what made the images, as the caller knows it: sampler, steps, NFE, guidance, EMA, seed.
+        settings: of the metrics themselves: number of features, KID subsets, splits of the Inception Score, kept
+            features, resamples, rounding of the images, number of samples from which figures compare, seed.
+        spaces: of each further feature space, its fingerprint, width and reference.
+        sampling: what made the images, as the caller knows it: sampler, steps, NFE, guidance, EMA and its length, seed.
         floor: real against real (:class:`RealFloor` as a dict), or None if not measured.
         memorisation: :class:`MemorisationReport` as a dict, or None if not measured.
         versions: of the packages that computed it.
@@ -48,6 +51,7 @@ class MetricReport:
     fingerprint: str
     label_protocol: str = "none"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    spaces: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     floor: Mapping[str, Any] | None = None
     memorisation: Mapping[str, Any] | None = None

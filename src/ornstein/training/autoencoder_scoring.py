@@ -1,4 +1,4 @@
-"""How well an autoencoder gives images back: PSNR, SSIM, and the Fréchet distance of reconstructions to originals."""
+"""How well an autoencoder gives images back: PSNR, SSIM, LPIPS, and the Fréchet distance between the two sets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ornstein.codecs import Codec
 from ornstein.errors import OrnsteinError
+from ornstein.metrics.paired import PairedScore
 from ornstein.training.generate import to_uint8
 
 if TYPE_CHECKING:
     from ornstein.metrics.features import FeatureExtractor
-
-SSIM_SIDE = 11  # pixels that its window covers; smaller images have none
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class ReconstructionScore:
     """Figures of reconstructions of held-out images.
 
     Attributes:
-        values: ``psnr`` in dB (higher is better), ``ssim`` up to 1 where images are large enough, and ``rfid`` (lower
-            is better) where there is a feature space.
+        values: ``psnr`` in dB (higher is better), ``ssim`` up to 1 where images are large enough, ``lpips`` (lower is
+            better) where its weights are at hand, and ``rfid`` (lower is better) where there is a feature space.
         num_images: how many images they rest on.
         originals, reconstructions: the first of them, uint8 (N, C, H, W), on the CPU.
     """
@@ -36,30 +35,12 @@ class ReconstructionScore:
     reconstructions: Tensor
 
 
-def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of 8-bit images, (N,) in dB: ``10 log10(255**2 / max(MSE, 1e-3))``."""
-    mse = (images.double() - others.double()).square().mean(dim=(1, 2, 3))
-    return 10.0 * torch.log10(255.0**2 / mse.clamp(min=1e-3))
-
-
-def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity of 8-bit images of 11 pixels or more, (N,), with the paper's Gaussian window.
-
-    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    found = structural_similarity_index_measure(others.float(), images.float(), data_range=255.0, reduction="none")
-    assert isinstance(found, Tensor)
-    return found.reshape(-1)
-
-
 def image_batches(dataset: Any, *, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
     """The images of a data set, uint8 (B, C, H, W), on the CPU; with ``limit`` so many, evenly spaced over all."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     rows = [i * len(dataset) // count for i in range(count)]
-    for start in range(0, count, batch_size):
-        yield dataset.batch(rows[start : start + batch_size])["image"]
+    for piece in dataset.pieces(size=batch_size, rows=rows):
+        yield dataset.batch(piece)["image"]
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -104,16 +85,14 @@ def score_reconstructions(
         raise OrnsteinError("reconstructions are scored on two images or more.")
     was_training = codec.training
     codec.eval()
-    figures: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+    figures = PairedScore(device=device)
     spaces: tuple[list[Tensor], list[Tensor]] = ([], [])
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])
     count = 0
     try:
         for images in image_batches(dataset, batch_size=batch_size, limit=limit):
             pair = images.to(device), reconstruct(codec, images, device)
-            figures["psnr"].append(psnr(*pair))
-            if min(images.shape[-2:]) >= SSIM_SIDE:
-                figures["ssim"].append(ssim(*pair).double())
+            figures.update(pair[1], pair[0])
             for space, keep, own in zip(spaces, kept, pair, strict=True):
                 if features is not None:
                     space.append(features.features_and_logits(own)[0].double())
@@ -124,7 +103,7 @@ def score_reconstructions(
                 advance()
     finally:
         codec.train(was_training)
-    values = {name: float(torch.cat(found).mean()) for name, found in figures.items() if found}
+    values = figures.compute()
     if features is not None:
         values["rfid"] = _frechet(torch.cat(spaces[0]), torch.cat(spaces[1]))
     return ReconstructionScore(values, count, torch.cat(kept[0])[:shown], torch.cat(kept[1])[:shown])

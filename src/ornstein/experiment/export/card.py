@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -202,7 +203,9 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
 
 def _figures(facts: Facts) -> list[tuple[str, str]]:
     values = {**_numbers(facts.summary), **_numbers(facts.evaluation.get("values") or {})}
-    names = sorted(values, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+    # Figures of few samples bear their number: fid_1k stands where fid would.
+    order = {name: re.sub(r"_\d+k?$", "", name) for name in values}
+    names = sorted(values, key=lambda name: (_FIRST.index(order[name]) if order[name] in _FIRST else len(_FIRST), name))
     return [(name, f"{values[name]:.5g}") for name in names]
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
-import torch
 
 from ornstein.training import scoring
-from ornstein.training.callbacks.lookup import data_of
+from ornstein.training.callbacks.lookup import callbacks_of, data_of
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
+from ornstein.training.callbacks.show import show_image
 from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.record import record
@@ -31,12 +31,14 @@ class GenerativeEvaluation(Periodic):
     """Logs ``val/fid``, ``val/kid``, ``val/inception_score``, ``val/label_accuracy``, ... of the evaluation
     weights.
 
-    Samples are number 0 to ``num_samples - 1``, their classes balanced, against the training images. Beside
-    them: ``val/fid_floor``, what as many real images would score, ``val/real_inception_score``, and at the
-    end ``val/memorised_share``, the share of samples nearer to a training image than the held-out images' 5th
-    percentile (0.05 by chance). ``evaluation.json`` keeps the newest figures with all that decides them. Over
-    several devices each draws its share. Feature weights that are not at hand are told of in one line, and
-    training goes on.
+    Samples are number 0 to ``num_samples - 1``, their classes balanced, against the training images (or a published
+    reference). Of too few samples to compare with others' figures FID and Inception Score bear their number:
+    ``val/fid_1k``. Beside them: ``val/fid_floor``, what as many real images would score, and
+    ``val/real_inception_score``. At the end also 95 % intervals (``val/fid_low``, ``val/fid_high``, ...),
+    ``val/memorised_share``, the share of samples nearer to a training image than the held-out images' 5th percentile
+    (0.05 by chance), and ``samples/nearest_training_images.png``. ``evaluation.json`` keeps the newest figures with all
+    that decides them. Over several devices each draws its share, and the figures are those of one. Feature weights
+    that are not at hand are told of in one line, and training goes on.
 
     Args:
         run_dir: the run's folder.
@@ -66,10 +68,12 @@ class GenerativeEvaluation(Periodic):
         check_limits("GenerativeEvaluation", every=every, num_samples=num_samples, batch_size=batch_size)
         super().__init__(every=every, at_end=at_end)
         self.path = Path(run_dir) / "evaluation.json"
+        self.picture = Path(run_dir) / "samples" / "nearest_training_images.png"
         self.num_samples, self.seed, self.batch_size = num_samples, seed, batch_size
         self._factory = metrics if num_samples != 0 else None
         self._metrics: GenerativeMetrics | None = None
         self._floor: RealFloor | None = None
+        self._further: dict[str, RealFloor] = {}
         self._summary: dict[str, float | int] = {}
 
     def act(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
@@ -95,15 +99,14 @@ class GenerativeEvaluation(Periodic):
                 advance=advance,
             )
         samples_per_s = count / (time.perf_counter() - started)
-        with progress_task(trainer, "scoring"):
-            values = metrics.compute()
-            figures = values | scoring.figures_beside(metrics, self._floor, values, count)
-            nearness = None
-            # Distances to training images take a second pass of features, and say little before the end.
-            if trainer.global_step == trainer.max_steps or trainer.should_stop:
-                nearness = scoring.memorisation(metrics, drawn.images, held_out=data.val, batch_size=self.batch_size)
-                share = torch.tensor(nearness["share"], device=module.device)
-                figures["memorised_share"] = float(trainer.strategy.reduce(share, reduce_op="mean"))
+        # Resampling takes time, and distances to training images another pass of features: both at the end alone.
+        ending = trainer.global_step == trainer.max_steps or trainer.should_stop
+        with progress_task(trainer, "scoring", metrics.ticks(intervals=ending) or None) as advance:
+            values = metrics.compute(intervals=ending, advance=advance) | dict(drawn.paired)
+            figures = values | scoring.figures_beside(metrics, self._floor, values, count, further=self._further)
+            nearness = self._nearness(trainer, metrics, drawn) if ending else None
+            if nearness is not None:
+                figures["memorised_share"] = float(nearness["share"])
             report = self._report(trainer, module, metrics, values, nearness, nfe=drawn.nfe)
             if trainer.is_global_zero:
                 report.to_json(self.path)
@@ -113,6 +116,25 @@ class GenerativeEvaluation(Periodic):
         )
         self._summary = {"nfe": drawn.nfe, "samples_per_s": round(samples_per_s, 2), "num_samples": count}
 
+    def _nearness(
+        self, trainer: pl.Trainer, metrics: GenerativeMetrics, drawn: scoring.Drawn
+    ) -> dict[str, float | int | str]:
+        """Memorisation, told and drawn by the first process from the first samples of all of them."""
+        from ornstein.metrics.statistics import from_first
+
+        data, samples = data_of(trainer), scoring.together(drawn)
+        options = {"training": data.train, "batch_size": self.batch_size}
+
+        def look() -> dict[str, float | int | str]:
+            found = scoring.memorisation(metrics, samples.images, held_out=data.val, **options)
+            picture = scoring.draw_neighbours(metrics, samples.images, **options)
+            self.picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(self.picture, format="PNG")
+            show_image(trainer, "samples/nearest_training_images", picture)
+            return found
+
+        return from_first(look)
+
     def _count(self, metrics: GenerativeMetrics | None) -> int:
         if metrics is None:
             return 0
@@ -121,7 +143,7 @@ class GenerativeEvaluation(Periodic):
     def _ready(self, trainer: pl.Trainer, module: DiffusionModule) -> GenerativeMetrics | None:
         """The metrics with their reference, made at the first call; None where there is nothing to measure with."""
         if self._metrics is None and self._factory is not None:
-            from ornstein.metrics import WeightsMissing, real_floor, reference_statistics
+            from ornstein.metrics import WeightsMissing
 
             factory, self._factory = self._factory, None
             with progress_task(trainer, "loading metrics"):
@@ -133,14 +155,12 @@ class GenerativeEvaluation(Periodic):
                 if metrics is None:
                     return None
                 self._metrics = metrics.to(module.device)
-                train = data_of(trainer).train
-                metrics.set_reference(
-                    reference_statistics(metrics.features, train, batch_size=self.batch_size),
-                    batch_size=self.batch_size,
-                )
+                real = getattr(data_of(trainer), "reference", None) or data_of(trainer).train
+                scoring.set_references(metrics, real, batch_size=self.batch_size)
                 count = self._count(metrics)
                 if count:
-                    self._floor = real_floor(metrics.features, train, count, batch_size=self.batch_size)
+                    self._floor = scoring.floor_of(metrics, real, count, batch_size=self.batch_size)
+                    self._further = scoring.further_floors(metrics, real, count, batch_size=self.batch_size)
         return self._metrics
 
     def _report(
@@ -162,11 +182,12 @@ class GenerativeEvaluation(Periodic):
             weights="ema" if averaged else "model",
             nfe=nfe,
             seed=self.seed,
+            ema=_length(trainer) if averaged else None,
         )
         return metrics.report(
             values,
             label_protocol=scoring.label_protocol(module),
-            sampling={"step": trainer.global_step} | facts,
+            sampling={"step": trainer.global_step, "processes": trainer.world_size} | facts,
             floor=self._floor.to_dict(),
             memorisation=nearness,
         )
@@ -174,3 +195,16 @@ class GenerativeEvaluation(Periodic):
     def summary(self) -> dict[str, float | int]:
         """NFE per sample, samples a second and their number, of the newest figures."""
         return self._summary
+
+
+def _length(trainer: pl.Trainer) -> dict[str, float | int | bool]:
+    """How long the averages of the weights are."""
+    from ornstein.training.ema import EMA
+
+    return next(
+        (
+            {"decay": ema.decay, "warmup": ema.warmup, "every": ema.every, "updates": ema.updates}
+            for ema in callbacks_of(trainer, EMA)
+        ),
+        {},
+    )
