@@ -163,6 +163,28 @@ def test_networks_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_metrics_run(tmp_path: Path) -> None:
+    pytest.importorskip("torch_fidelity")
+    figures, shown = run_script("metrics.py", out=tmp_path, timeout=300)
+    assert figures["images"] == 8 and figures["fid"] > 0
+    assert list(figures["seconds"]) == ["PNG", "PNG, reference cached", "npz, reference cached"]
+    assert finite_numbers(figures["seconds"]) == 6 and finite_numbers(figures["memory"]) == 2
+    assert "theirs / ours" in shown and "peak memory, 1,000 samples" in shown
+
+
+@pytest.mark.slow
+def test_figures_run(tmp_path: Path) -> None:
+    figures, shown = run_script("figures.py", out=tmp_path, timeout=300)
+    sharp, *blurred = figures["rows"]
+    assert [row["data"] for row in figures["rows"]] == ["digits"] * 3 and figures["left_out"] == {}
+    assert sharp["count"] == 100 and sharp["name"] == "fid_100" and sharp["accuracy"] > 0.95
+    # The more blurred, the farther from the training images.
+    assert 0 < sharp["value"] < blurred[0]["value"] < blurred[1]["value"]
+    assert all(row["floor"] == sharp["floor"] > 0 for row in blurred)
+    assert "real vs real" in shown
+
+
+@pytest.mark.slow
 def test_train_step_says_how_to_install_the_library(tmp_path: Path) -> None:
     try:
         import denoising_diffusion_pytorch  # noqa: F401

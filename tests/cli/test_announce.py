@@ -58,3 +58,14 @@ def test_frozen_weights_have_no_gradients_moments_and_averages(compose):
     assert (whole.state_bytes, cost.state_bytes) == (20 * whole.parameters, 20 * whole.parameters - 16 * frozen)
     assert cost.parameters == whole.parameters - frozen
     assert f" {whole.parameters:,} parameters" in _describe_denoiser(module, cost)["network"]
+
+
+def test_final_figures_are_told_with_their_intervals(capsys):
+    from types import SimpleNamespace
+
+    from ornstein.cli.announce import conclude
+
+    figures = {"val/fid_1k": 3.25, "val/kid": 0.5, "val/fid_1k_low": 3.0, "val/fid_1k_high": 3.5, "train/loss": 1.0}
+    conclude(SimpleNamespace(path="outputs/x"), figures)
+    told = capsys.readouterr().out
+    assert "fid_1k 3.25 [3, 3.5], kid 0.5\n" in told and "loss" not in told

@@ -63,6 +63,7 @@ ACCEPTED = [
     "model=text_unet guidance=cfg",
     "model=text_unet data.num_classes=null",
     "model=text_unet data=emoji",
+    "model=text_unet data=pairs data.root=.",
     "model=text_unet conditioner.pooled_dim=null",
     "model=text_unet conditioner.text_dim=null model.network.attention=none",
     "model=text_dit",

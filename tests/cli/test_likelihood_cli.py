@@ -177,7 +177,7 @@ def test_evaluate_writes_bits_per_dim_beside_the_other_figures(
         HydraConfig.instance().cfg = None
         figures = evaluate(cfg)
         report = json.loads((out / "evaluation.json").read_text())
-        assert math.isfinite(figures[key]) and report["values"][key] == figures[key] and report["values"]["fid"] > 0
+        assert math.isfinite(figures[key]) and report["values"][key] == figures[key] and report["values"]["fid_80"] > 0
         assert report["settings"]["likelihood"]["num_images"] == 4
         assert json.loads((out / "summary.json").read_text())[key] == figures[key]
         assert len(json.loads((out / "likelihood.json").read_text())["bits_per_dim"]) == 4

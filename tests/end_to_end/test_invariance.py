@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,6 +18,7 @@ from torch import Tensor
 
 import ornstein
 from ornstein.cli.load import Run
+from ornstein.cli.ranks import Ranks, spread
 from ornstein.cli.sample import prepare_run, sample
 from ornstein.errors import OrnsteinError
 
@@ -75,6 +82,67 @@ def test_the_seed_and_the_number_both_count(run):
     assert len({bytes(image.numpy().tobytes()) for image in images}) == 4
 
 
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """``shares.py``, which the processes that it starts import by its name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return import_module("shares")
+
+
+@pytest.mark.slow
+def test_noise_and_labels_are_the_same_to_the_bit_over_processes(trained, shares):
+    alone = shares.drawn_noise(Ranks(), str(trained), COUNT, 4)
+    assert [number for number, _, _ in alone] == list(range(COUNT))
+    assert [label for _, label, _ in alone] == [i % 10 for i in range(COUNT)]
+    assert len({digest for _, _, digest in alone}) == COUNT
+    assert shares.drawn_noise(Ranks(), str(trained), COUNT, 5) == alone
+    assert spread(shares.drawn_noise, 2, str(trained), COUNT, 5) == alone
+    with pytest.raises(OrnsteinError, match=r"^sampler=x cannot: choose y\.$"):
+        spread(shares.refuse, 2)
+
+
+@pytest.mark.slow
+def test_the_figures_do_not_depend_on_how_they_were_taken(command, trained, tmp_path, compose):
+    """Other batches, loading processes, and drawing processes: started by the command, and by torchrun."""
+    words = [f"run={trained}", "metrics=digits", "num_samples=80", "sampler.steps=4", "keep_samples=npz"]
+    ways = {
+        "plain": [],
+        "batches": ["batch_size=7", "data.num_workers=2", "data.eval_batch_size=11"],
+        "processes": ["devices=2", "batch_size=16"],
+    }
+    for name, more in ways.items():
+        result = command("evaluate.py", *words, *more, f"hydra.run.dir={name}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(__file__).parents[2] / "evaluate.py")
+    result = subprocess.run(
+        [sys.executable, *torchrun, script, *words, "hydra.run.dir=${oc.env:RANK}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(ornstein.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "1").exists(), "only the first process leaves a folder"
+    assert (tmp_path / "0" / "metric_card.png").is_file() and result.stdout.count("written to") == 1
+    reports = {
+        name: json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("plain", *list(ways)[1:], "0")
+    }
+    stored = {name: np.load(tmp_path / name / "samples.npz") for name in reports}
+    for name, report in reports.items():
+        assert report["sampling"]["processes"] == (1 if name in ("plain", "batches") else 2)
+        assert report["values"].keys() == reports["plain"]["values"].keys()
+        for figure, value in reports["plain"]["values"].items():
+            # A sample rounds by its batch: a pixel in a hundred moves by a level (assert_equal_to_rounding).
+            # KID is a difference of means near 0, so it is held to a share of the kernel's own size.
+            assert report["values"][figure] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, figure)
+        assert np.array_equal(stored[name]["arr_1"], stored["plain"]["arr_1"])
+        both = [torch.from_numpy(stored[which]["arr_0"]) for which in (name, "plain")]
+        assert both[0].shape == (80, 8, 8, 3)
+        assert_equal_to_rounding(*both)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -106,6 +174,29 @@ def test_the_command_and_python_give_the_same(compose, trained, tmp_path, overri
     assert sorted(path.name for path in (folder / "samples").iterdir()) == sorted(
         ["grid.png", *(f"{i:06d}.png" for i in range(first, first + 12))]
     )
+
+
+@pytest.mark.parametrize("kind", ["npz", "png"])
+def test_samples_are_kept_for_others_evaluators(compose, trained, run, tmp_path, kind):
+    argv = [f"run={trained}", "num_samples=5", "first_index=3", "batch_size=2", f"keep_samples={kind}"]
+    prepare_run(argv)
+    folder = tmp_path / "kept"
+    sample(compose(*argv, config_name="sample", run_dir=folder))
+    images = run.sample(5, first_index=3, batch_size=2).permute(0, 2, 3, 1).numpy()
+    if kind == "npz":
+        stored = np.load(folder / "samples.npz", allow_pickle=False)
+        assert stored["arr_1"].tolist() == [3, 4, 5, 6, 7]
+        assert np.array_equal(stored["arr_0"], images.repeat(3, axis=-1))
+    else:
+        from PIL import Image
+
+        files = sorted((folder / "images").iterdir())
+        assert [file.name for file in files] == [f"{i:06d}.png" for i in range(3, 8)]
+        assert all(
+            np.array_equal(np.asarray(Image.open(file)), image[..., 0])
+            for file, image in zip(files, images, strict=True)
+        )
+    assert not (folder / "samples").exists()
 
 
 def test_checkpoints_and_weights_are_those_that_were_asked_for(trained):

@@ -1,7 +1,10 @@
 from pathlib import Path
 
 import pytest
+
+import ornstein  # isort: skip  # noqa: F401  (its guard comes before Lightning imports torchvision)
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ornstein.experiment.run_dir import RunDirectory
 from ornstein.experiment.summary import Summary
@@ -26,6 +29,7 @@ def test_figures_time_and_status(tmp_path: Path) -> None:
         (KeyboardInterrupt(), "interrupted"),
         (SystemExit(143), "interrupted"),
         (SystemExit(0), "finished"),
+        (SIGTERMException(), "interrupted"),
         (ValueError("loss is nan"), "failed"),
     ],
 )

@@ -4,205 +4,160 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli.autoencoder import evaluate_autoencoder, trains_autoencoder, typed_words
 from ornstein.cli.launch import fail, launch
+from ornstein.cli.ranks import Ranks, check_devices, join, launched_elsewhere, spread
+from ornstein.cli.reuse import Held, module_of
+from ornstein.cli.score import likelihood as likelihood
+from ornstein.cli.score import likelihood_method as likelihood_method
+from ornstein.cli.score import request, score
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
     from ornstein.metrics.report import MetricReport
-    from ornstein.training.likelihood import HeldOutLikelihood, Method
     from ornstein.training.module import DiffusionModule
 
-
-GIVEN = ("labels", "prompts", "images")
+_held = Held()  # over the jobs of a sweep that run in this process
 
 
 def main() -> None:
     """Entry point."""
     from ornstein.cli.sample import prepare_run
+    from ornstein.cli.sweep import recorded
 
     try:
         prepare_run(sys.argv)
     except OrnsteinError as error:
         fail(error)
-    launch("evaluate", evaluate)
+    launch("evaluate", recorded(evaluate))
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Scores a run's samples and writes ``evaluation.json``, ``summary.json`` and a picture of nearest neighbours."""
-    from ornstein.cli.build import plain
-    from ornstein.cli.load import restore
-    from ornstein.cli.stored import open_run
-    from ornstein.experiment import RunDirectory, Summary, describe_environment
+    """Scores a run's samples and writes ``evaluation.json``, ``summary.json``, a metric card and its pictures.
 
-    module = restore(
-        open_run(str(cfg.run)),
-        cfg,
-        checkpoint=cfg.checkpoint,
-        weights=cfg.weights,
-        trust_targets=list(cfg.trust_targets),
-    )
+    Over several processes, those that ``devices=`` starts or those of torchrun and srun, each draws its share.
+    """
+    from ornstein.cli.build import plain
+    from ornstein.cli.stored import open_run
+
+    stored = open_run(str(cfg.run))
     if trains_autoencoder(cfg):
+        module = module_of(stored, cfg, device=None, held=_held)
         return evaluate_autoencoder(module, cfg, words=typed_words())
+    devices = check_devices(cfg.devices)
+    several = devices > 1 or launched_elsewhere()
+    _check_options(cfg, several=several)
+    if devices > int(cfg.num_samples):
+        raise OrnsteinError(f"devices={devices} and num_samples={cfg.num_samples}: each must have one to draw.")
+    if several and not launched_elsewhere():
+        # What cannot work is told of here, before processes are started.
+        module = module_of(stored, cfg, device="cpu", held=_held)
+        request(module, cfg)
+        return dict(spread(_scored_from, devices, plain(cfg)))
+    return _scored_by(join() if several else Ranks(), cfg)
+
+
+def _check_options(cfg: DictConfig, *, several: bool) -> None:
+    """Refuses what evaluate cannot do, before anything is read.
+
+    Raises:
+        OrnsteinError: names the option and what to do instead.
+    """
+    from ornstein.cli.sweep import check_logger
+    from ornstein.experiment.sample_files import check_format
+
+    check_format(cfg.keep_samples)
+    check_logger(cfg)
+    if several and (cfg.get("likelihood") or {}).get("_target_"):
+        raise OrnsteinError(
+            "likelihood= is computed by one process alone: leave devices= (and torchrun or srun) out, or likelihood=."
+        )
+
+
+def _scored_from(ranks: Ranks, config: Mapping[str, Any]) -> dict[str, float]:
+    """:func:`_scored_by` in a process that ``devices=`` started, from a config of plain values."""
+    return _scored_by(ranks, OmegaConf.create(dict(config)))
+
+
+def _scored_by(ranks: Ranks, cfg: DictConfig) -> dict[str, float]:
+    """Scores together with the other processes; the first one writes."""
+    from ornstein.cli.stored import open_run
+
+    module = module_of(open_run(str(cfg.run)), cfg, device=ranks.device, held=_held)
     request(module, cfg)
     likelihood_method(module, cfg)
+    folder = Path(ranks.from_first(lambda: str(Path(cfg.paths.run_dir).absolute())))
+    if not ranks.first:
+        report = score(module, cfg, folder=folder, ranks=ranks, held=_held)
+        _leave(Path(cfg.paths.run_dir), folder)
+        return dict(report.values)
+    return _written(module, cfg, ranks)
+
+
+def _written(module: DiffusionModule, cfg: DictConfig, ranks: Ranks) -> dict[str, float]:
+    """The first process's part: scores, writes and tells."""
+    from ornstein.cli.build import plain
+    from ornstein.cli.sweep import line_of, log_one, sweeping
+    from ornstein.experiment import RunDirectory, Summary, describe_environment
+    from ornstein.experiment.metric_card import show
+
     run = RunDirectory(cfg.paths.run_dir)
     with run.lock(), Summary(run) as summary:
         run.write_config(plain(cfg))
         run.write_json("environment.json", describe_environment(seed=int(cfg.seed)))
         started = time.perf_counter()
-        report = score(module, cfg, pictures=run.samples, keep=run.write_json)
+        report = score(module, cfg, folder=run.path, keep=run.write_json, ranks=ranks, held=_held)
         # What held-out images took is told beside their figure: the rate is that of samples.
         seconds = time.perf_counter() - started - report.settings.get("likelihood", {}).get("seconds", 0.0)
+        rate = {"samples_per_s": round(report.num_samples / report.sampling["seconds"], 2)}
         report.to_json(run.path / "evaluation.json")
-        facts = dict(report.sampling)
-        summary.update(**report.values, **facts, samples_per_s=report.num_samples / seconds)
-    _show(report, seconds)
+        write_card(report.to_dict(), run.path, title=str(cfg.get("name") or Path(str(cfg.run)).name))
+        summary.update(**report.values, **dict(report.sampling), **rate)
+    if sweeping():
+        print(line_of(report.to_dict(), rate["samples_per_s"]))
+        return dict(report.values)
+    show(report.to_dict(), seconds)
     if doubt := too_few(report):
         print(f"warning: {doubt}", file=sys.stderr)
+    log_one(cfg, report.to_dict(), run.path)
     print(f"written to {run.path}")
     return dict(report.values)
 
 
-def request(module: DiffusionModule, cfg: DictConfig) -> tuple[range, dict[str, Any]]:
-    """The numbers of the samples that are asked for, and the checked options that they are drawn with.
+def _leave(own: Path, shared: Path) -> None:
+    """Removes the folder that Hydra made for this process beside the first one's, a second later say."""
+    from hydra.core.hydra_config import HydraConfig
 
-    Raises:
-        OrnsteinError: too few samples, or an option that this run cannot honour.
-    """
-    from ornstein.cli.load import sampling_options
-    from ornstein.cli.prompts import read_labels
+    from ornstein.cli.launch import remove_untouched
 
-    if cfg.num_samples < 2:
-        raise OrnsteinError(f"num_samples={cfg.num_samples}: figures need at least 2, and mean little below 1000.")
-    labels = read_labels(cfg)
-    indices = range(cfg.first_index, cfg.first_index + cfg.num_samples)
-    return indices, sampling_options(module, cfg, labels=labels, count=len(indices))
+    if HydraConfig.initialized() and own.absolute() != shared:
+        remove_untouched(own)
 
 
-def likelihood_method(module: DiffusionModule, cfg: DictConfig) -> Method | None:
-    """What ``likelihood=`` asks for, built and checked; None if nothing is asked.
+def write_card(report: Mapping[str, Any], folder: Path, *, title: str) -> None:
+    """``metric_card.md`` and ``metric_card.png`` in the folder of an evaluation, with the pictures that lie there."""
+    from PIL import Image
 
-    Raises:
-        OrnsteinError: a model of latents, or a class that is not trusted.
-    """
-    from hydra.utils import instantiate
+    from ornstein.experiment.atomic import write_text
+    from ornstein.experiment.metric_card import card_text, draw_card
 
-    from ornstein.cli.trust import check_targets
-
-    if not (cfg.get("likelihood") or {}).get("_target_"):
-        return None
-    check_targets(cfg, list(cfg.get("trust_targets") or ()), groups=("likelihood",))
-    from ornstein.training.likelihood import check_space
-
-    check_space(module)
-    method: Method = instantiate({key: value for key, value in cfg.likelihood.items() if key != "num_images"})
-    return method
-
-
-def likelihood(module: DiffusionModule, cfg: DictConfig, held_out: Any) -> HeldOutLikelihood | None:
-    """Bits/dim of ``cfg.likelihood.num_images`` held-out images, without guidance; None if they are not asked for.
-
-    Raises:
-        OrnsteinError: more images than there are, or what the method cannot do for this run.
-    """
-    method = likelihood_method(module, cfg)
-    if method is None:
-        return None
-    from ornstein.cli.progress import bar
-    from ornstein.training.likelihood import TICKS, held_out_images, held_out_likelihood
-
-    count, size = cfg.likelihood.get("num_images"), int(cfg.batch_size)
-    batches = -(-len(held_out_images(held_out, count)) // size)
-    with bar("likelihood", batches * TICKS) as advance:
-        return held_out_likelihood(
-            module, held_out, method, num_images=count, seed=int(cfg.seed), batch_size=size, advance=advance
-        )
-
-
-def score(
-    module: DiffusionModule, cfg: DictConfig, *, pictures: Any = None, keep: Callable[..., Any] | None = None
-) -> MetricReport:
-    """FID, KID, IS, label accuracy and memorisation of ``cfg.num_samples`` samples against the run's training data.
-
-    Beside them, where ``likelihood=`` asks for it, bits/dim of held-out images.
-
-    Args:
-        module: the run.
-        cfg: its config, as evaluate has it.
-        pictures: folder for a picture of nearest neighbours; none is drawn without.
-        keep: called with (name, dict) to write ``likelihood.json``: every image's bits/dim, and every step's.
-
-    Raises:
-        OrnsteinError: too few samples, no feature space, or an option that this run cannot honour.
-    """
-    from ornstein.cli.build import build_data, build_metrics
-    from ornstein.cli.progress import bar
-    from ornstein.metrics import nearest_neighbours, neighbour_grid, real_floor, reference_statistics
-    from ornstein.training import scoring
-
-    indices, options = request(module, cfg)
-    metrics = build_metrics(cfg.metrics)
-    if metrics is None:
-        raise OrnsteinError(
-            "metrics has no feature space for this run's data: name one, such as metrics=digits, mnist, "
-            "fashion_mnist or inception."
-        )
-    metrics.to(module.device)
-    data = build_data(cfg)
-    data.setup()
-    bits = likelihood(module, cfg, data.val)
-    metrics.set_reference(reference_statistics(metrics.features, data.train))
-    batches = -(-len(indices) // int(cfg.batch_size))
-    with bar("evaluating", batches * options["sampler"].steps) as advance:
-        drawn = scoring.draw_into(
-            metrics,
-            module,
-            indices,
-            dataset=data.train,
-            **options,
-            seed=int(cfg.seed),
-            batch_size=int(cfg.batch_size),
-            advance=advance,
-        )
-    values = metrics.compute()
-    floor = real_floor(metrics.features, data.train, len(indices))
-    nearness = scoring.memorisation(metrics, drawn.images, held_out=data.val)
-    values |= scoring.figures_beside(metrics, floor, values, len(indices))
-    values["memorised_share"] = float(nearness["share"])
-    if pictures is not None:
-        from ornstein.metrics import extract
-
-        shown = drawn.images[:10]
-        bank = extract(metrics.features, data.train)[0]
-        _, neighbours = nearest_neighbours(extract(metrics.features, shown)[0], bank, k=5)
-        real = data.train.batch(list(range(len(data.train))))["image"]
-        neighbour_grid(shown, real, neighbours=neighbours, path=pictures / "nearest_training_images.png")
-    if bits is not None:
-        values |= bits.values
-        if keep is not None:
-            keep("likelihood.json", bits.to_dict())
-    report = metrics.report(
-        values,
-        label_protocol=scoring.label_protocol(module, given=any(options[key] is not None for key in GIVEN)),
-        sampling=scoring.sampling_facts(
-            module,
-            sampler=options["sampler"],
-            guidance=options["guidance"],
-            weights=str(cfg.weights) if cfg.ema else "model",
-            nfe=drawn.nfe,
-            seed=int(cfg.seed),
-        ),
-        floor=floor.to_dict(),
-        memorisation=nearness,
+    named = {"Samples": "samples/first_samples.png", "Nearest training images": "samples/nearest_training_images.png"}
+    there = [(shown, file) for shown, file in named.items() if (folder / file).is_file()]
+    opened = {shown: Image.open(folder / file) for shown, file in there}
+    write_text(folder / "metric_card.md", card_text(report, title=title, pictures=there))
+    draw_card(
+        report,
+        folder / "metric_card.png",
+        title=title,
+        samples=opened.get("Samples"),
+        neighbours=opened.get("Nearest training images"),
     )
-    return report if bits is None else replace(report, settings={**report.settings, "likelihood": bits.facts()})
 
 
 def too_few(report: MetricReport) -> str | None:
@@ -217,31 +172,17 @@ def too_few(report: MetricReport) -> str | None:
             f"num_samples={count} gives FID's covariance of {features} features no full rank: take at least "
             f"{features + 1}, better {10 * features:,}, before comparing figures."
         )
-    fid, floor = report.values.get("fid"), report.values.get("fid_floor")
+    from ornstein.metrics.figures.naming import main_figure
+
+    name = main_figure(report.values)
+    fid = report.values.get(name) if name else None
+    floor = next((value for key, value in report.values.items() if key.endswith("_floor")), None)
     if fid is not None and floor is not None and floor > fid / 2:
         return (
-            f"as many real images score a FID of {floor:.3g} (fid_floor), of the order of this run's {fid:.3g}: most "
+            f"as many real images score {floor:.3g} (the floor), of the order of this run's {name} of {fid:.3g}: most "
             f"of it comes from there being {count:,} samples, so compare it at equal num_samples= only, or take more."
         )
     return None
-
-
-def _show(report: MetricReport, seconds: float) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    print(f"{report.num_samples} samples in the {report.extractor} feature space, {seconds:.1f} s")
-    if bits := report.settings.get("likelihood"):
-        print(
-            f"bits/dim of {bits['num_images']} held-out images without guidance, {bits['nfe']} network evaluations "
-            f"each, {bits['seconds']:.1f} s"
-        )
-    table = Table()
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, value in report.values.items():
-        table.add_row(name, f"{value:.4f}")
-    Console().print(table)
 
 
 if __name__ == "__main__":

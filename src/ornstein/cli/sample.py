@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ornstein.cli.launch import fail, launch, peek_argument, store_run
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
+    from ornstein.training.generate import Generated
     from ornstein.training.module import DiffusionModule
 
 MAX_SHOWN = 256  # samples in the grid
@@ -47,22 +48,19 @@ def prepare_run(argv: list[str]) -> None:
 
 
 def sample(cfg: DictConfig) -> None:
-    """Writes a grid, single images and an ``.npz`` of samples into its own output folder."""
-    import numpy as np
-    import torch
-
+    """Writes a grid, single images and an ``.npz`` of samples into its own output folder, batch by batch."""
     from ornstein.cli.build import plain
     from ornstein.cli.load import restore, sampling_options
     from ornstein.cli.progress import bar
     from ornstein.cli.prompts import read_labels
     from ornstein.cli.stored import open_run
     from ornstein.experiment import RunDirectory, Summary, describe_environment
-    from ornstein.training.condition_pictures import captions_text, fitted, interleaved
-    from ornstein.training.pictures import image_grid, save_png, save_text, to_pil
+    from ornstein.experiment.sample_files import check_format
 
     refuse_samples(cfg)
     if cfg.num_samples < 1:
         raise OrnsteinError(f"num_samples={cfg.num_samples} must be at least 1.")
+    check_format(cfg.keep_samples)
     stored = open_run(str(cfg.run))
     module = restore(stored, cfg, checkpoint=cfg.checkpoint, weights=cfg.weights, trust_targets=list(cfg.trust_targets))
     indices = range(cfg.first_index, cfg.first_index + cfg.num_samples)
@@ -81,30 +79,79 @@ def sample(cfg: DictConfig) -> None:
                 batch_size=int(cfg.batch_size),
                 watch=lambda step, state: advance(),
             )
-            batches = list(drawn)
-        images = torch.cat([batch.images.cpu() for batch in batches])
-        asked = [batch.labels.cpu() for batch in batches if batch.labels is not None]
-        if "grid" in cfg.save:
-            shown, row_labels = images[:MAX_SHOWN], None
-            columns = columns_of(module, options["prompts"], len(shown))
-            given = [batch.conditions.cpu() for batch in batches if batch.conditions is not None]
-            if given:
-                shown, row_labels = interleaved(shown, fitted(torch.cat(given)[:MAX_SHOWN], shown), columns)
-            save_png(image_grid(shown, columns, row_labels=row_labels), run.samples / "grid.png")
-        captions = [caption for batch in batches for caption in batch.captions or ()]
+            shown, captions = write_samples(drawn, cfg, run.path, count=len(indices))
+        if shown and "grid" in saved(cfg):
+            _write_grid(module, shown, run.samples, prompts=options["prompts"])
         if captions:
+            from ornstein.training.condition_pictures import captions_text
+            from ornstein.training.pictures import save_text
+
             save_text(captions_text(indices, captions), run.samples / "captions.txt")
-        if "images" in cfg.save:
-            for index, image in zip(indices, images, strict=True):
-                save_png(to_pil(image), run.samples / f"{index:06d}.png")
-        if "npz" in cfg.save:
-            # ADM's layout: arr_0 holds uint8 images (N, H, W, C), arr_1 the labels.
-            arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
-            if asked:
-                arrays["arr_1"] = torch.cat(asked).numpy()
-            np.savez(run.path / "samples.npz", allow_pickle=False, **arrays)
-        summary.update(nfe=batches[0].nfe, num_samples=len(images), images_seen=module.images_seen)
-    print(f"{len(images)} samples, {batches[0].nfe} network evaluations each: {Path(cfg.paths.run_dir) / 'samples'}")
+        summary.update(nfe=shown[0].nfe, num_samples=len(indices), images_seen=module.images_seen)
+    place = run.samples if saved(cfg) else run.path
+    print(f"{len(indices)} samples, {shown[0].nfe} network evaluations each: {place}")
+
+
+def saved(cfg: DictConfig) -> list[str]:
+    """What is written: ``save``, or the one form that ``keep_samples`` asks for."""
+    return list(cfg.save) if cfg.keep_samples is None else []
+
+
+def write_samples(
+    drawn: Iterable[Generated], cfg: DictConfig, folder: Path, *, count: int
+) -> tuple[list[Generated], list[str]]:
+    """Writes samples as they are drawn, and gives back the batches that a grid shows, and all captions.
+
+    Args:
+        drawn: batches of samples.
+        cfg: ``save`` and ``keep_samples``.
+        folder: of the output.
+        count: samples in all.
+    """
+    from ornstein.experiment.sample_files import KeptSamples, NpzSamples, kept_samples
+    from ornstein.training.pictures import save_png, to_pil
+
+    files: list[KeptSamples] = []
+    if cfg.keep_samples is not None:
+        files.append(kept_samples(cfg.keep_samples, folder, count))
+    elif "npz" in cfg.save:
+        files.append(NpzSamples(folder / "samples.npz", count, channels=None))
+    shown: list[Generated] = []
+    captions: list[str] = []
+    try:
+        for batch in drawn:
+            if sum(len(each.images) for each in shown) < MAX_SHOWN:
+                shown.append(batch)
+            captions += batch.captions or []
+            for file in files:
+                file.add(batch.images, batch.labels, batch.index)
+            if "images" in saved(cfg):
+                for number, image in zip(batch.index.tolist(), batch.images, strict=True):
+                    save_png(to_pil(image), folder / "samples" / f"{number:06d}.png")
+        for file in files:
+            file.close()
+            file.finish()
+    except BaseException:
+        for file in files:
+            file.discard()
+        raise
+    return shown, captions
+
+
+def _write_grid(
+    module: DiffusionModule, batches: Sequence[Generated], folder: Path, *, prompts: Sequence[str] | None
+) -> None:
+    import torch
+
+    from ornstein.training.condition_pictures import fitted, interleaved
+    from ornstein.training.pictures import image_grid, save_png
+
+    shown = torch.cat([batch.images.cpu() for batch in batches])[:MAX_SHOWN]
+    columns, row_labels = columns_of(module, prompts, len(shown)), None
+    given = [batch.conditions.cpu() for batch in batches if batch.conditions is not None]
+    if given:
+        shown, row_labels = interleaved(shown, fitted(torch.cat(given)[:MAX_SHOWN], shown), columns)
+    save_png(image_grid(shown, columns, row_labels=row_labels), folder / "grid.png")
 
 
 def columns_of(module: DiffusionModule, prompts: Sequence[str] | None, count: int) -> int:
