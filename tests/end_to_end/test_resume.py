@@ -201,7 +201,7 @@ def test_the_same_as_commands_with_everything_on(command, user, tmp_path):
     whole = command("train.py", *settings, "hydra.run.dir=whole", cwd=tmp_path, path=[user])
     assert whole.returncode == 0, whole.stderr
     assert_same_run(folder, tmp_path / "whole")
-    assert "val/fid" in rows(folder)[-1]
+    assert "val/fid_32" in rows(folder)[-1]
 
     assert (folder / "wandb_id.txt").read_text() == identity
     read_wandb = runpy.run_path(str(Path(__file__).parents[1] / "experiment" / "wandb_reader.py"))["read_wandb"]

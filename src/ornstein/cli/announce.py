@@ -25,12 +25,13 @@ def announce(
     from ornstein.training.conditions import prepare_conditions
     from ornstein.training.estimate import measure_cost
     from ornstein.training.latents import prepare_latents
+    from ornstein.training.shapes import rows_of_one_shape
 
     if not trains_autoencoder(cfg):
         prepare_latents(module, data)
         prepare_conditions(module, data, device=trainer.strategy.root_device)
     source = data.train if getattr(data, "latents", None) is None else data.served("train")
-    batch = source.batch(list(range(min(data.batch_size, len(source)))))
+    batch = source.batch(rows_of_one_shape(data.train, data.batch_size))
     if trainer.world_size == 1:
         # Where it will train: a GPU's time is not to be told from a CPU's.
         device = trainer.strategy.root_device
@@ -43,12 +44,13 @@ def announce(
     seconds = cost.step_seconds * accumulate * steps
     rows = {
         "run": str(run.path),
-        "data": f"{data.train.name}: {len(data.train):,} train, {len(data.val):,} held out, "
-        f"{data.channels}x{data.image_size}x{data.image_size}"
-        + (f", latents from {data.latents}" if source is not data.train else ""),
+        "data": f"{data.train.name}: {_train_count(data)} train, {len(data.val):,} held out, "
+        f"{data.channels}x{_sizes(data.train)}"
+        + (f", latents from {data.latents}" if source is not data.train else "")
+        + (", classes equally often" if getattr(data, "balanced", False) else ""),
         **(describe_autoencoder(module, cost) if trains_autoencoder(cfg) else _describe_denoiser(module, cost)),
         "batch": f"{effective} effective ({data.batch_size} x {accumulate} accumulated x {trainer.world_size} device)",
-        "images": f"{effective * steps:,} to see in {steps:,} steps, {effective * steps / len(data.train):,.1f} epochs",
+        "images": f"{effective * steps:,} to see in {steps:,} steps{_epochs(data, effective * steps)}",
         "memory": f"{cost.state_bytes / 1e6:,.0f} MB weights, gradients, moments and averages, "
         f"{cost.activation_bytes / 1e6:,.0f} MB activations",
         "time": f"about {_duration(seconds)} of training ({1 / cost.step_seconds * data.batch_size:,.0f} images/s), "
@@ -60,7 +62,49 @@ def announce(
     if checkpoint is not None:
         rows["resuming"] = _resuming(checkpoint, steps)
     _print(rows)
+    _print_buckets(data.train, batch=data.batch_size * trainer.world_size)
     return {"parameters": cost.parameters, "flops": cost.flops, "effective_batch": effective}
+
+
+def _train_count(data: Any) -> str:
+    """How many images training has; a stream's are not those that can be indexed, and may be uncounted."""
+    if not getattr(data, "streams", False):
+        return f"{len(data.train):,}"
+    return f"{data.num_images:,} streamed" if data.num_images else "uncounted streamed"
+
+
+def _epochs(data: Any, images: int) -> str:
+    count = data.num_images if getattr(data, "streams", False) else len(data.train)
+    return f", {images / count:,.1f} epochs" if count else ""
+
+
+def _sizes(dataset: Any) -> str:
+    """Of the images: one, or how many shapes there are and which is the most frequent."""
+    from ornstein.training.shapes import most_frequent
+
+    if dataset.bucket_of is None:
+        return f"{dataset.image_size}x{dataset.image_size}"
+    height, width = most_frequent(dataset, 1)[0]
+    return f"{height}x{width} most often, of {len(dataset.shapes)} shapes"
+
+
+def _print_buckets(dataset: Any, *, batch: int) -> None:
+    """How many training images each shape got; nothing where all have one."""
+    if dataset.bucket_of is None:
+        return
+    import numpy as np
+
+    from ornstein.data.buckets import bucket_table
+
+    counts = np.bincount(dataset.bucket_of, minlength=len(dataset.shapes))
+    away = getattr(dataset.images, "cropped", None)
+    cropped = None
+    if away is not None:
+        cropped = (np.bincount(dataset.bucket_of, weights=away, minlength=len(counts)) / counts.clip(min=1)).tolist()
+    lines = bucket_table(dataset.shapes, counts.tolist(), batch=batch, cropped=cropped)
+    _print({"buckets" if not place else "": line for place, line in enumerate(lines[:1])})
+    for line in lines[1:]:
+        _print({"": line})
 
 
 def _describe_denoiser(module: DiffusionModule, cost: Cost) -> dict[str, str]:
@@ -108,7 +152,13 @@ def _describe_condition(conditioner: Conditioner) -> str:
 
 def conclude(run: Any, figures: dict[str, float]) -> None:
     """Prints the run's final figures on held-out data and where everything is."""
-    told = [f"{name.removeprefix('val/')} {value:.4g}" for name, value in figures.items() if name.startswith("val/")]
+    told = []
+    for name, value in figures.items():
+        if not name.startswith("val/") or name.endswith(("_low", "_high")):
+            continue
+        ends = [figures[f"{name}_{end}"] for end in ("low", "high") if f"{name}_{end}" in figures]
+        interval = f" [{ends[0]:.4g}, {ends[1]:.4g}]" if len(ends) == 2 else ""
+        told.append(f"{name.removeprefix('val/')} {value:.4g}{interval}")
     _print({**({"figures": ", ".join(told)} if told else {}), "written to": str(run.path)})
 
 

@@ -145,6 +145,11 @@ def check_codec_fits(cfg: DictConfig, choices: dict[str, str]) -> None:
     name = choices.get("data") or cfg.data.get("name")
     if "weights" not in cfg.codec or name is None:
         return
+    target = str(OmegaConf.select(cfg, "data.dataset._target_", default=""))
+    if target in ("ornstein.data.Prepared", "ornstein.data.LatentFolder"):  # another data set's images, which it names
+        from ornstein.data.facts import data_fact
+
+        name = str(data_fact(cfg.data, "name"))
     fits = cfg.codec.get("fits")
     kind = "vq" if cfg.codec._target_.endswith("load_vq") else "kl"
     if fits is None and cfg.codec._target_ in ("ornstein.codecs.load_kl", "ornstein.codecs.load_vq"):
@@ -191,9 +196,9 @@ def build_autoencoder(cfg: DictConfig, *, training: bool = True, fresh: bool = F
     loss = build_loss(cfg)
     perceptual = None
     if training and loss.perceptual is not None:
-        from ornstein.training.autoencoder_perceptual import Perceptual
+        from ornstein.training.autoencoder_perceptual import load_perceptual
 
-        perceptual = Perceptual(loss.perceptual, weights=loss.perceptual_weights)
+        perceptual = load_perceptual(loss.perceptual, loss.perceptual_weights)
     torch.manual_seed(derive_seed(int(cfg.seed), "init"))
     network = build_network(cfg, fresh=fresh)
     assert isinstance(network, Autoencoder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -110,18 +111,21 @@ def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback]) -> pl.Traine
     Bars and checkpoints are callbacks of ours or nobody's: Lightning puts none of its own where there is none.
     """
     import lightning.pytorch as pl
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from ornstein.experiment import AtomicCheckpointIO, ResumableLogs
 
     if not cfg.trainer.get("enable_progress_bar", True):
         callbacks = [each for each in callbacks if not isinstance(each, pl.callbacks.ProgressBar)]
+    on_slurm = SLURMEnvironment.detect() and "TORCHELASTIC_RUN_ID" not in os.environ
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
         logger=False,
         callbacks=[ResumableLogs(), *callbacks],
         enable_progress_bar=any(isinstance(each, pl.callbacks.ProgressBar) for each in callbacks),
         enable_checkpointing=any(isinstance(each, pl.callbacks.Checkpoint) for each in callbacks),
-        plugins=[AtomicCheckpointIO()],
+        # Requeues are callbacks.preemption's: of that and Lightning's own handling exactly one is on.
+        plugins=[AtomicCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if on_slurm else [])],
         _convert_="all",
     )
     return trainer

@@ -19,7 +19,8 @@ _KEYS = {
     "num_classes": ("class labels", "model=class_unet or dit"),
 }
 _WITHOUT = {"pooled_dim": "conditioner.pooled_dim=null", "text_dim": "conditioner.text_dim=null"}
-_OF_CLASSES = ("Digits", "MNIST", "FashionMNIST", "ImageFolder")
+_OF_CLASSES = ("Digits", "MNIST", "FashionMNIST", "ImageFolder", "ImageZip", "ImageArrays")
+_THAT_SAY = ("Prepared", "LatentFolder")  # whose files say whether they have captions
 
 
 def check_conditions(cfg: DictConfig, choices: dict[str, Any]) -> None:
@@ -103,6 +104,14 @@ def _check_data(cfg: DictConfig, conditioner: str, data: str) -> None:
     dataset = OmegaConf.select(cfg, "data.dataset._target_", default="").rpartition(".")[2]
     own = dataset in _OF_CLASSES
     check_template(cfg.data.get("caption_template"))
+    if "Text" in kinds and dataset in _THAT_SAY:
+        from ornstein.data.facts import data_fact
+
+        if not data_fact(cfg.data, "captions"):
+            raise OrnsteinError(
+                f"{conditioner} reads captions and data={data} data.root={cfg.data.root} has none: choose "
+                "conditioner=class_label or none, or make the folder anew of data with captions."
+            )
     if "Text" in kinds and own and not (cfg.data.get("caption_template") or cfg.data.get("caption_files")):
         way_out = "data.caption_files=true (a text file beside each image) or " if dataset == "ImageFolder" else ""
         raise OrnsteinError(

@@ -34,6 +34,9 @@ _WITHOUT_EFFECT = {
 }
 
 
+WAY_OUT = "name the data set that was encoded, with data.latents=FOLDER beside it"
+
+
 def latents_folder(cfg: DictConfig, codec: Any) -> Path:
     """Where the latents of a config lie unless told: below ``$ORNSTEIN_CACHE``, or ``~/.cache/ornstein``.
 
@@ -53,6 +56,10 @@ def latents_folder(cfg: DictConfig, codec: Any) -> Path:
 
 def encode_command(cfg: DictConfig, *, out: str | Path | None = None) -> str:
     """What a shell has to be told to make the latents that a config asks for."""
+    if are_alone(cfg):
+        from ornstein.data.encoded import command_of
+
+        return command_of(cfg.data.root)
     chosen = choices()
     words = ["python", "-m", "ornstein.cli.encode"]
     for group, placeholder in (("data", "DATA"), ("codec", "CODEC")):
@@ -64,17 +71,54 @@ def encode_command(cfg: DictConfig, *, out: str | Path | None = None) -> str:
     return shlex.join(words)
 
 
-def check_latents(cfg: DictConfig, codec: Any) -> None:
+def are_alone(cfg: DictConfig) -> bool:
+    """Whether the latents stand for a data set whose images are gone."""
+    return str(OmegaConf.select(cfg, "data.dataset._target_", default="")) == "ornstein.data.LatentFolder"
+
+
+def check_alone(cfg: DictConfig) -> None:
+    """Refuses what ``data=latents`` cannot be used with (OrnsteinError): pixels, other latents, and figures."""
+    if not are_alone(cfg):
+        return
+    where = f"data=latents data.root={cfg.data.root} holds no images"
+    if cfg.data.latents != cfg.data.root:
+        raise OrnsteinError(
+            f"{where}, and data.latents={cfg.data.latents} names other latents: leave data.latents out."
+        )
+    if str(cfg.codec.get("_target_")).endswith(".Identity"):
+        raise OrnsteinError(
+            f"{where}, and codec={choices().get('codec', 'identity')} diffuses pixels: name the codec that made the "
+            "latents, by model=latent_dit (which brings codec=kl), say, or codec=kl codec.weights=FILE."
+        )
+    if OmegaConf.select(cfg, "metrics.features") is not None and _features_named(cfg):
+        named = choices().get("metrics", "auto")
+        raise OrnsteinError(f"{where}, and metrics={named} compares samples to them: set metrics=none, or {WAY_OUT}.")
+
+
+def _features_named(cfg: DictConfig) -> bool:
+    """Whether the metrics have a feature space: that of the data by name, null for none, or any other."""
+    node = cfg.metrics.features
+    return not OmegaConf.is_config(node) or "name" not in node or node.name not in (None, "none")
+
+
+def check_latents(cfg: DictConfig, codec: Any, conditioner: Any = None) -> None:
     """Whether ``data.latents=FOLDER`` holds latents of the config's codec, at its image size, and with mirrored views
     where it mirrors; ``auto`` becomes the folder that the encode command writes. The images are looked at later.
 
     Args:
         cfg: a composed training config.
         codec: of the config, built.
+        conditioner: likewise, where there is one.
 
     Raises:
         OrnsteinError: names the command that makes the right ones.
     """
+    if are_alone(cfg) and conditioner is not None and "image" in conditioner.needs:
+        named = choices().get("conditioner", type(conditioner).__name__)
+        raise OrnsteinError(
+            f"data=latents data.root={cfg.data.root} holds no images, and conditioner={named} looks at them: choose "
+            f"class_label or none, or {WAY_OUT}."
+        )
     asked = cfg.data.get("latents")
     if asked is None:
         return

@@ -6,7 +6,7 @@ import operator
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -49,6 +49,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("div", div, replace=True)
     OmegaConf.register_new_resolver("codec_fact", _codec_fact, replace=True)
     OmegaConf.register_new_resolver("pretrained_fact", _pretrained_fact, replace=True)
+    OmegaConf.register_new_resolver("data_fact", _data_fact, replace=True)
 
     def channels(source: str, channels: int, condition_channels: int | None) -> int:
         from ornstein.conditioning.image import image_channels
@@ -71,6 +72,13 @@ def _pretrained_fact(pretrained: str, name: str, subfolder: str | None = None, r
     from ornstein.codecs.pretrained import pretrained_fact
 
     return pretrained_fact(pretrained, name, subfolder, revision)
+
+
+def _data_fact(name: str, *, _parent_: Any) -> Any:
+    """``${data_fact:image_size}`` in a data config: what the data set's files say of themselves."""
+    from ornstein.data.facts import data_fact
+
+    return data_fact(_parent_, name)
 
 
 def take_argument(argv: list[str], key: str) -> str | None:
@@ -117,7 +125,7 @@ def store_run(config: dict[str, Any]) -> None:
             store.store(group="sampler/grid", name="run", node=grid)
             node = {"defaults": [{"grid": "run"}, "_self_"], **node}
         store.store(group=group, name="run", node=node)
-    own = ("task", "paths", "resume", "seed", "checkpoint", "hydra", "likelihood", *RUN_GROUPS)
+    own = ("task", "paths", "resume", "seed", "checkpoint", "hydra", "likelihood", "logger", *RUN_GROUPS)
     store.store(name="run_base", node={key: value for key, value in config.items() if key not in own})
 
 
@@ -126,6 +134,7 @@ def told(body: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
     @wraps(body)
     def run(cfg: DictConfig) -> Any:
+        register_resolvers()  # a launcher's own processes have not been through `launch`
         try:
             return body(cfg)
         except Exception as error:
@@ -140,6 +149,11 @@ def told(body: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             return None
 
     return run
+
+
+def note_failed(jobs: Iterable[str]) -> None:
+    """Jobs of a sweep that failed in whatever process: the command ends with exit code 1."""
+    _failed_jobs.extend(jobs)
 
 
 def remove_untouched(folder: Path) -> None:

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from ornstein.cli.autoencoder import build_autoencoder, refuse_samples, trains_autoencoder
+from ornstein.cli.buckets import sample_size
 from ornstein.cli.guides import check_guidance, equip
 from ornstein.cli.launch import as_ours, conf_dir, register_resolvers, store_run
 from ornstein.cli.prompts import conditions_of, held_out_of
@@ -83,6 +84,7 @@ class Run:
         prompts: Sequence[str] | str | None = None,
         negative_prompt: str | None = None,
         condition_images: str | Path | None = None,
+        size: int | Sequence[int] | None = None,
         seed: int = 0,
         first_index: int = 0,
         batch_size: int = 256,
@@ -101,6 +103,7 @@ class Run:
             negative_prompt: what guidance steers away from.
             condition_images: a folder of images, repeated as needed, of a model that is conditioned on images; held-out
                 ones unless given.
+            size: one side in pixels, or (height, width); the run's ``data.image_size`` unless given.
             seed: sample i depends on (seed, i) alone.
             first_index: the number of the first sample.
             batch_size: samples at once.
@@ -119,6 +122,7 @@ class Run:
         overrides += [f"guidance.scale={scale}"] if scale is not None else []
         overrides += [f"negative_prompt={_quoted(negative_prompt)}"] if negative_prompt is not None else []
         overrides += [f"condition_images={_quoted(condition_images)}"] if condition_images is not None else []
+        overrides += [f"size={size if isinstance(size, int) else list(size)}"] if size is not None else []
         cfg = compose_for(self.stored, "sample", overrides)
         refuse_samples(cfg)
         asked = [prompts] if isinstance(prompts, str) else prompts
@@ -138,7 +142,10 @@ class Run:
 
         overrides = [f"run={_quoted(self.stored.checkpoint or self.stored.folder)}", f"num_samples={num_samples}"]
         names = {"steps": "sampler.steps", "scale": "guidance.scale"}
-        overrides += [f"{names.get(key, key)}={value}" for key, value in options.items()]
+        overrides += [
+            f"{names.get(key, key)}={list(value) if isinstance(value, tuple) else value}"
+            for key, value in options.items()
+        ]
         cfg = compose_for(self.stored, "evaluate", overrides)
         if trains_autoencoder(cfg):
             return dict(score_autoencoder(self.module, cfg)[0].values)
@@ -269,8 +276,9 @@ def sampling_options(
         raise OrnsteinError(
             "negative_prompt is what guidance steers away from, and this guidance has no such branch: add guidance=cfg."
         )
-    given = conditions_of(module, cfg, labels=labels, count=count, prompts=prompts)
-    return {"sampler": sampler, "guidance": guidance, **given}
+    size = sample_size(module, cfg)
+    given = conditions_of(module, cfg, labels=labels, count=count, prompts=prompts, size=size)
+    return {"sampler": sampler, "guidance": guidance, "size": size, **given}
 
 
 def check_labels(labels: Sequence[int] | None, module: DiffusionModule, count: int) -> list[int] | None:

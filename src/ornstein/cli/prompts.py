@@ -25,6 +25,7 @@ def conditions_of(
     labels: Sequence[int] | None,
     count: int,
     prompts: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Labels, prompts, negative prompt and images, as ``DiffusionModule.generate`` takes them: one a sample, what is
     given repeated as needed.
@@ -35,6 +36,7 @@ def conditions_of(
         labels: class numbers.
         count: how many samples.
         prompts: instead of the config's.
+        size: (height, width) that images are brought to; the data's own unless given.
 
     Raises:
         OrnsteinError: what this model does not take, or a file or folder that cannot be read.
@@ -48,7 +50,7 @@ def conditions_of(
         "labels": check_labels(labels, module, count),
         "prompts": _check_prompts(asked, module, count),
         "negative_prompt": negative,
-        "images": None if images is None else read_images(images, module, cfg, count=count),
+        "images": None if images is None else read_images(images, module, cfg, count=count, size=size),
     }
     if negative is not None:
         _check_captions(module, f"negative_prompt={negative!r}")
@@ -85,7 +87,9 @@ def read_prompts(cfg: DictConfig) -> list[str] | None:
     return None if listed is None else _texts(listed)
 
 
-def read_images(folder: object, module: DiffusionModule, cfg: DictConfig, *, count: int) -> Tensor:
+def read_images(
+    folder: object, module: DiffusionModule, cfg: DictConfig, *, count: int, size: tuple[int, int] | None = None
+) -> Tensor:
     """The images of a folder, sorted by name and repeated as needed, read as the data are: uint8 (count, C, H, W).
 
     Raises:
@@ -107,7 +111,8 @@ def read_images(folder: object, module: DiffusionModule, cfg: DictConfig, *, cou
         raise OrnsteinError(f"condition_images={folder} holds no images: name a folder of images.")
     channels = int(cfg.data.condition_channels if "condition" in needs else cfg.data.channels)
     pictures = [
-        torch.tensor(load_image(path, size=int(cfg.data.image_size), channels=channels)) for path in paths[:count]
+        torch.tensor(load_image(path, size=int(cfg.data.image_size) if size is None else size, channels=channels))
+        for path in paths[:count]
     ]
     return torch.stack([pictures[place % len(pictures)] for place in range(count)])
 

@@ -34,6 +34,7 @@ OPEN_KEYS = (
     "conditioner.cache",
     "conditioner.encoder",
     "data.num_workers",
+    "data.exact_resume",
     "data.eval_batch_size",
     "model.compile",
     "model.matmul_precision",
@@ -56,7 +57,7 @@ def prepare_resume(argv: list[str]) -> str:
         OrnsteinError: the folder is not a run, or something is to be changed that a run which goes on cannot change.
     """
     named = peek_argument(argv, "resume")
-    if named in (None, "", "auto", "null"):
+    if named in (None, "", "auto", "null", "sweep"):
         return "train"
     take_argument(argv, "resume")
     stored = open_run(str(named), key="resume")
@@ -127,7 +128,7 @@ def check_resumed(cfg: DictConfig) -> None:
     Raises:
         OrnsteinError: names the target and the option that allows it.
     """
-    if cfg.resume in (None, "auto") or "trust_targets" not in cfg:
+    if cfg.resume in (None, "auto", "sweep") or "trust_targets" not in cfg:
         return
     check_targets(cfg, list(cfg.trust_targets), groups=TRAINED)
     with open_dict(cfg):
@@ -143,7 +144,10 @@ def open_run_directory(cfg: DictConfig) -> RunDirectory:
         OrnsteinError: ``resume`` names a run that has no checkpoint yet.
     """
     from ornstein.cli.build import plain
+    from ornstein.cli.train_sweep import in_its_folder
 
+    if in_its_folder(cfg):
+        return RunDirectory(cfg.paths.run_dir)
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     if cfg.resume == "auto" or (cfg.resume is None and requeued):
         fresh = Path(cfg.paths.run_dir)
@@ -170,7 +174,7 @@ def check_checkpoint(cfg: DictConfig, run: RunDirectory) -> None:
     """Whether what the run goes on from, if anything, fits the config; before a file of the run is touched.
 
     Raises:
-        OrnsteinError: the newest checkpoint is of another network.
+        OrnsteinError: the newest checkpoint is of another network, or of a stream that other workers read.
     """
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
@@ -182,7 +186,14 @@ def check_checkpoint(cfg: DictConfig, run: RunDirectory) -> None:
     with torch.device("meta"):
         network = build_network(cfg)
     expected = {f"network.{name}": value.shape for name, value in network.state_dict().items()}
-    weights = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
+    stored = AtomicCheckpointIO().load_checkpoint(checkpoint)
+    if place := stored.get("StreamModule"):
+        from ornstein.data.stream_place import Place
+
+        # Before the change is remembered; how many devices there are shows later.
+        own = {**place["shape"], "num_workers": int(cfg.data.num_workers)}
+        Place(**place).misfit(own, exact=bool(cfg.data.exact_resume), batches=place["batches"])
+    weights = stored["state_dict"]
     if expected != {name: value.shape for name, value in weights.items() if name.startswith("network.")}:
         raise OrnsteinError(
             f"{checkpoint} is of another network than the one asked for: leave out what changes its shape (model.*, "
@@ -192,5 +203,5 @@ def check_checkpoint(cfg: DictConfig, run: RunDirectory) -> None:
 
 def remember(cfg: DictConfig, run: RunDirectory) -> None:
     """Makes what was changed beside ``resume=FOLDER`` the run's own, so that the next start goes on with it."""
-    if cfg.resume not in (None, "auto") and (run.path / ".hydra" / "config.yaml").is_file():
+    if cfg.resume not in (None, "auto", "sweep") and (run.path / ".hydra" / "config.yaml").is_file():
         run.write_text(".hydra/config.yaml", OmegaConf.to_yaml(cfg))

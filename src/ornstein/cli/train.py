@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 def main() -> None:
     """Entry point: a fresh run, or with ``resume=FOLDER`` that folder's run, gone on with."""
     from ornstein.cli.resume import prepare_resume
+    from ornstein.cli.train_sweep import job_of_sweep, prepare_sweep
 
     try:
+        prepare_sweep(sys.argv)
         config_name = prepare_resume(sys.argv)
     except OrnsteinError as error:
         fail(error)
-    launch(config_name, train)
+    launch(config_name, job_of_sweep(train))
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -32,11 +35,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         OrnsteinError: what cannot work, before the run's folder is opened and before anything is trained.
     """
+    from ornstein.cli.job import needs_processes, run_processes
     from ornstein.cli.resume import check_resumed
     from ornstein.cli.validate import validate
 
     check_resumed(cfg)
     validate(cfg)
+    if (processes := needs_processes(cfg)) > 1:
+        return run_processes(cfg, processes)
 
     from ornstein.cli.build import build_callbacks, build_data, build_trainer, matmul_precision
     from ornstein.cli.latents import open_latents
@@ -51,10 +57,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data = build_data(cfg)
     data.setup()
     open_latents(cfg, data)
-    with run.lock():
-        check_checkpoint(cfg, run)
-        with Summary(run) as summary, matmul_precision(cfg.model.get("matmul_precision")):
-            return _fit(cfg, data, trainer, run, summary)
+    from ornstein.training.callbacks.preemption import Preempted
+
+    try:
+        with run.lock():
+            check_checkpoint(cfg, run)
+            with Summary(run) as summary, matmul_precision(cfg.model.get("matmul_precision")):
+                return _fit(cfg, data, trainer, run, summary)
+    except Preempted as stop:
+        stop.hand_over()  # when all that this job writes is written
+        raise
 
 
 def _fit(cfg: DictConfig, data: Any, trainer: Any, run: RunDirectory, summary: Summary) -> dict[str, float]:
@@ -82,8 +94,10 @@ def _fit(cfg: DictConfig, data: Any, trainer: Any, run: RunDirectory, summary: S
             if hasattr(callback, "summary"):
                 summary.update(**callback.summary())
         summary.update(**figures, steps=trainer.global_step, images_seen=module.images_seen)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as stop:
         interrupted(run)
+        if isinstance(stop, SystemExit) and not stop.code:  # Lightning's answer to SIGTERM
+            raise SystemExit(128 + signal.SIGTERM) from stop
         raise
     finally:
         close_loggers(loggers)

@@ -16,7 +16,12 @@ _HOMES = (
     *(f"ornstein.{floor}." for floor in ("diffusion", "networks", "codecs", "conditioning", "data", "metrics")),
     "diffusers.schedulers.",
 )
-_FUNCTIONS = ("ornstein.codecs.load_kl", "ornstein.codecs.load_vq", "ornstein.metrics.features_by_name")
+_FUNCTIONS = (
+    "ornstein.codecs.load_kl",
+    "ornstein.codecs.load_vq",
+    "ornstein.metrics.features_by_name",
+    "ornstein.data.hub_data",
+)
 # Groups that training builds beside those, with their homes; and functions of ours that make one.
 _AROUND = {
     "adapter": ("ornstein.training.adapters.",),
@@ -71,6 +76,19 @@ def check_targets(cfg: DictConfig, trusted: Sequence[str] = (), *, groups: Seque
                 raise OrnsteinError(
                     f"the run's config names {target}, which is not part of this package: if you trust it, add "
                     f"trust_targets=[{target.rpartition('.')[0]}]."
+                )
+    _check_commands(cfg, trusted)
+
+
+def _check_commands(cfg: DictConfig, trusted: Sequence[str]) -> None:
+    """Tar shards may be named by a command of the shell; one that somebody else wrote down is not run unasked."""
+    for key in ("urls", "val_urls", "test_urls"):
+        named = OmegaConf.select(cfg, f"data.{key}")
+        for each in [named] if isinstance(named, str) else named or ():
+            if "pipe:" in str(each) and "pipe" not in trusted:
+                raise OrnsteinError(
+                    f"the run's config runs a command of the shell, data.{key}={each}: if you trust it, add "
+                    "trust_targets=[pipe]."
                 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli.autoencoder import (
@@ -20,9 +20,11 @@ from ornstein.cli.autoencoder import (
     trains_autoencoder,
     typed_words,
 )
+from ornstein.cli.buckets import fill_buckets
 from ornstein.cli.check_conditions import check_conditions, targets_of
 from ornstein.cli.guides import check_guidance
-from ornstein.cli.latents import check_latents
+from ornstein.cli.latents import check_alone, check_latents
+from ornstein.data.options import check_options
 from ornstein.errors import OrnsteinError
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")
@@ -37,6 +39,7 @@ def validate(cfg: DictConfig) -> None:
     choices = _choices()
     check_root(cfg, choices)
     fill_facts(cfg)
+    check_alone(cfg)
     # What needs no torch comes first: its sentence comes at once.
     _check_callbacks(cfg)
     _check_loggers(cfg)
@@ -57,15 +60,15 @@ def validate(cfg: DictConfig) -> None:
     sampler, guidance = instantiate(cfg.sampler), instantiate(cfg.guidance)
     check_guidance(guidance, sampler, cfg)
     check_sampler(sampler, schedule, objective)
-    instantiate(cfg.conditioner)
-    check_latents(cfg, instantiate(cfg.codec))
+    conditioner, codec = instantiate(cfg.conditioner), instantiate(cfg.codec)
+    check_latents(cfg, codec, conditioner)
     _check_x0_limits(cfg, schedule, objective)
-    _check_training(cfg, choices)
+    _check_training(cfg, choices, codec=codec, conditioner=conditioner)
 
 
-def _check_training(cfg: DictConfig, choices: dict[str, str]) -> None:
-    """What is the same whatever is trained."""
-    _build_network(cfg)
+def _check_training(cfg: DictConfig, choices: dict[str, str], **parts: Any) -> None:
+    """What is the same whatever is trained; of a denoiser with its ``codec`` and ``conditioner``."""
+    fill_buckets(cfg, choices, _build_network(cfg), **parts)
     if not isinstance(cfg.trainer.max_steps, int) or cfg.trainer.max_steps < 1:
         raise OrnsteinError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1: it is what ends training.")
     _build_optimizer(cfg, choices)
@@ -73,8 +76,12 @@ def _check_training(cfg: DictConfig, choices: dict[str, str]) -> None:
 
 
 def check_root(cfg: DictConfig, choices: dict[str, str]) -> None:
-    """A folder of one's own images must be named, and be there."""
+    """A folder of one's own images must be named, and be there; and what is asked of the data can be meant."""
+    check_options(dict(cfg.data))
     if not OmegaConf.select(cfg, "data.dataset._target_", default="").endswith("ImageFolder"):
+        own = _dataset_of(cfg)
+        if hasattr(own, "check"):
+            own.check(OmegaConf.to_container(cfg.data, resolve=True))
         return
     if cfg.data.root is None:
         raise OrnsteinError(f"data={choices.get('data', 'image_folder')} needs images: add data.root=FOLDER.")
@@ -83,11 +90,21 @@ def check_root(cfg: DictConfig, choices: dict[str, str]) -> None:
 
 
 def fill_facts(cfg: DictConfig) -> None:
-    """Counts the classes of a folder where ``data.num_classes`` is ``auto``: a look at folder names, no decoding."""
+    """Counts the classes of data where ``data.num_classes`` is ``auto``: a look at names and tables, no decoding."""
     if cfg.data.get("num_classes") == "auto":
+        own = _dataset_of(cfg)
+        if hasattr(own, "count_classes"):
+            cfg.data.num_classes = own.count_classes(OmegaConf.to_container(cfg.data, resolve=True))
+            return
         from ornstein.data.describe import count_classes
 
         cfg.data.num_classes = count_classes(cfg.data.root)
+
+
+def _dataset_of(cfg: DictConfig) -> Any:
+    """The class of the data set, which may ``check`` its options and ``count_classes`` by them."""
+    target = OmegaConf.select(cfg, "data.dataset._target_") or OmegaConf.select(cfg, "data._target_")
+    return None if target is None else get_object(str(target))
 
 
 def check_conditioning(cfg: DictConfig, choices: dict[str, str]) -> None:
@@ -124,7 +141,7 @@ def check_codec(cfg: DictConfig, choices: dict[str, str]) -> None:
     check_codec_fits(cfg, choices)
 
 
-def _build_network(cfg: DictConfig) -> None:
+def _build_network(cfg: DictConfig) -> Any:
     import torch
 
     from ornstein.cli.start import check_start
@@ -132,6 +149,7 @@ def _build_network(cfg: DictConfig) -> None:
     with torch.device("meta"):
         network = instantiate(cfg.model.network)
         check_start(cfg, network, goes_on=cfg.get("resume") not in (None, "auto"))
+    return network
 
 
 def _check_objective(objective: Any, schedule: Any, cfg: DictConfig, choices: dict[str, str]) -> None:
@@ -261,14 +279,27 @@ def _check_loggers(cfg: DictConfig) -> None:
 
 def _check_metrics(cfg: DictConfig) -> None:
     """What would otherwise be refused at the end of training, when figures are first taken."""
-    from ornstein.metrics import check_features_name, check_metric_numbers
+    from ornstein.metrics import (
+        check_feature_options,
+        check_features_name,
+        check_further_spaces,
+        check_metric_numbers,
+        check_published,
+    )
 
     node = cfg.metrics
     if not node:
         return
     if OmegaConf.select(node, "features._target_", default="").endswith(".features_by_name"):
         check_features_name(node.features.name)
+    if OmegaConf.is_dict(node.get("features")):
+        check_feature_options(node.features)
     check_metric_numbers(**{str(key): value for key, value in node.items() if key not in ("features", "clip")})
+    check_further_spaces(node.get("also") or {})
+    if node.get("reference"):
+        target = str(OmegaConf.select(node, "features._target_", default="")).rpartition(".")[2]
+        named = {"InceptionFeatures": "inception", "features_by_name": OmegaConf.select(node, "features.name")}
+        check_published(str(node.reference), str(named.get(target, target)))
 
 
 def _check_precision(cfg: DictConfig) -> None:

@@ -43,6 +43,7 @@ _LENGTHS: Rule = (
 LIMITS: Mapping[str, tuple[str, Mapping[str, Rule]]] = {
     "EMA": ("ema", {"decay": _RATE, "every": _EVERY}),
     "PowerEMA": ("ema", {"every": _EVERY, "snapshot_every": _EVERY, "stds": _LENGTHS}),
+    "Preemption": ("callbacks.preemption", {"every": _EVERY}),
     "NonFiniteGuard": ("callbacks.nonfinite", {"every": _EVERY}),
     "TrainingLog": ("callbacks.log", {"every": _EVERY, "levels_every": _EVERY_OR_NEVER}),
     "Validation": ("callbacks.validation", {"every": _EVERY_OR_NEVER, "max_batches": _or_null(_whole(1))}),

@@ -5,6 +5,7 @@ from ornstein.training.callbacks.evaluation import GenerativeEvaluation
 from ornstein.training.callbacks.log import TrainingLog
 from ornstein.training.callbacks.nonfinite import NonFiniteGuard
 from ornstein.training.callbacks.periodic import Periodic
+from ornstein.training.callbacks.preemption import Preempted, Preemption
 from ornstein.training.callbacks.progress import ProgressBar, progress_task
 from ornstein.training.callbacks.reconstruction import (
     CodecFile,
@@ -26,6 +27,8 @@ __all__ = [
     "LossTerms",
     "NonFiniteGuard",
     "Periodic",
+    "Preempted",
+    "Preemption",
     "ProgressBar",
     "ReconstructionEvaluation",
     "ReconstructionGrid",

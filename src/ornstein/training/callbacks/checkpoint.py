@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from ornstein.metrics.figures.naming import same_figure
 from ornstein.training.base import TrainingModule
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.callbacks.nonfinite import NonFiniteGuard
@@ -36,7 +37,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
         run_dir: the run's folder.
         every: optimizer steps between checkpoints; null leaves them to ``every_images`` and the end.
         every_images: images seen between checkpoints; null is never.
-        monitor: name of a logged figure that says which state is best; null keeps none.
+        monitor: name of a logged figure that says which state is best; null keeps none. ``val/fid`` is also
+            ``val/fid_1k``, as it is logged of too few samples to compare, and the Fréchet distance of another feature
+            space where that is the run's own.
         mode: whether that figure is better when smaller (``min``) or larger (``max``).
         keep_best: how many to keep: ``best.ckpt``, ``best_2.ckpt``, ...
         keep_every: keep each periodic checkpoint under its step's name.
@@ -70,7 +73,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self._seen = self._saved = -1
         self._images = 0
         self._between_steps = False
-        self._interrupted = False
+        self._stop: BaseException | None = None
         self._previous_handler: Any = None
 
     @property
@@ -83,15 +86,19 @@ class Checkpoint(pl.callbacks.Checkpoint):
         assert isinstance(pl_module, TrainingModule)
         self._seen = self._saved = trainer.global_step
         self._images = pl_module.images_seen
-        self._interrupted = False
+        self._stop = None
         # Several processes get their signals at different steps, and a checkpoint needs them all at one.
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         self._restore_handler()
-        self._interrupted = True
+        self._stop = KeyboardInterrupt()
         rank_zero_warn("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once, without")
+
+    def stop_with(self, reason: BaseException) -> None:
+        """Ends training after the running step: with a checkpoint, and then by raising ``reason``."""
+        self._stop = reason
 
     def _restore_handler(self) -> None:
         if self._previous_handler is not None:
@@ -114,10 +121,10 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self._between_steps = True
         periodic = due(trainer, self.every) | self._images_due(pl_module)
         rank = self._rank_of_new_figure(trainer)
-        if periodic or rank is not None or self._interrupted or trainer.global_step == trainer.max_steps:
+        if periodic or rank is not None or self._stop is not None or trainer.global_step == trainer.max_steps:
             self._save(trainer, pl_module, rank=rank, numbered=periodic and self.keep_every)
-        if self._interrupted:
-            raise KeyboardInterrupt
+        if self._stop is not None:
+            raise self._stop
 
     def _images_due(self, module: pl.LightningModule) -> bool:
         assert isinstance(module, TrainingModule)
@@ -126,9 +133,12 @@ class Checkpoint(pl.callbacks.Checkpoint):
 
     def _rank_of_new_figure(self, trainer: pl.Trainer) -> int | None:
         """Place among the best (0 is best) of a monitored figure that was logged since the last look, if it has one."""
-        if self.monitor is None or self.keep_best == 0 or self.monitor not in trainer.callback_metrics:
+        if self.monitor is None or self.keep_best == 0:
             return None
-        figure = float(trainer.callback_metrics[self.monitor])
+        name = same_figure(self.monitor, trainer.callback_metrics)
+        if name is None:
+            return None
+        figure = float(trainer.callback_metrics[name])
         if figure == self._offered or figure != figure:
             return None
         self._offered = figure

@@ -1,0 +1,1 @@
+"""``hydra/launcher=slurm``: submitit's SLURM launcher, which also notices jobs that left no word."""

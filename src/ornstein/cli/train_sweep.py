@@ -1,0 +1,120 @@
+"""``train.py -m``: failed jobs let the others go on, a report at the end, ``sweep.resume=`` for what is missing."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from ornstein.cli.launch import note_failed, take_argument, tell
+from ornstein.cli.sweep import FAILED, recorded
+from ornstein.errors import OrnsteinError
+
+AGAIN = "sweep"  # what resume= says in the jobs of a sweep that is taken up again
+NAMED = 20
+
+
+class TrainSweep(Callback):
+    """Hydra's callback: names the jobs that failed and writes ``report.html`` when all of a multirun have ended."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Tells of the sweep in ``hydra.sweep.dir``, and that it has failed if a job of it has."""
+        folder = Path(str(config.hydra.sweep.dir))
+        try:
+            failed = finish(folder)
+        except Exception as error:  # Hydra would make a warning of it
+            traceback.print_exc()
+            tell(OrnsteinError(f"the report of {folder} could not be written ({error}); every run is there."))
+            failed = {"report": str(error)}
+        note_failed(failed)
+
+
+def finish(folder: Path) -> dict[str, str]:
+    """Writes the report of a sweep, prints what became of it, and returns the failed jobs with their reasons."""
+    from ornstein.experiment.report.page import write_report
+
+    jobs = [place.parents[1] for place in folder.rglob(".hydra/overrides.yaml")]
+    if not jobs:
+        return {}
+    failed = {str(job.relative_to(folder)): reason for job in jobs if (reason := reason_of(job)) is not None}
+    began = {name for name in failed if (folder / name / "config.yaml").is_file()}
+    never = [{"name": job, "status": "failed", "reason": why} for job, why in failed.items() if job not in began]
+    if len(never) < len(jobs):
+        print(f"report     {write_report(folder, failures=never)}")
+    print(f"sweep      {len(jobs)} jobs, {len(jobs) - len(failed)} finished, {len(failed)} failed, in {folder}")
+    for job in sorted(failed)[:NAMED]:
+        print(f"  job {job} failed: {failed[job]}")
+    if failed:
+        print(f"python train.py -m sweep.resume={folder}     runs what failed or is missing")
+    return failed
+
+
+def reason_of(job: Path) -> str | None:
+    """Why a job of a sweep has no finished run; None of one that has."""
+    summary, failed = _json(job / "summary.json"), _json(job / FAILED)
+    if summary.get("status") == "finished":
+        return None
+    return str(failed.get("error") or summary.get("error") or "it was killed, or never began")
+
+
+def job_of_sweep(body: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """A training that may be one of a sweep's: a failure is told in its folder, what is finished is not repeated."""
+
+    @wraps(body)
+    def run(cfg: DictConfig) -> Any:
+        if cfg.resume != AGAIN:
+            return recorded(body)(cfg)
+        folder = Path(str(cfg.paths.run_dir))
+        summary = _json(folder / "summary.json")
+        if summary.get("status") == "finished":
+            print(f"finished   {folder}, nothing to do")
+            return {name: value for name, value in summary.items() if isinstance(value, int | float)}
+        (folder / FAILED).unlink(missing_ok=True)
+        return recorded(body)(cfg)
+
+    return run
+
+
+def prepare_sweep(argv: list[str]) -> None:
+    """Makes ``sweep.resume=FOLDER`` the command line that the sweep in that folder was started with, in that folder.
+
+    What else is said beside it comes last and so has the last word: another launcher, say.
+
+    Raises:
+        OrnsteinError: no sweep is there.
+    """
+    named = take_argument(argv, "sweep.resume")
+    if named is None:
+        return
+    folder = Path(named.strip("'\"")).expanduser()
+    stored = folder / "multirun.yaml"
+    if not stored.is_file():
+        raise OrnsteinError(
+            f"sweep.resume={named} is no folder of a sweep (it has no multirun.yaml): name one such as "
+            "outputs/train/multirun/DATE/TIME."
+        )
+    asked = OmegaConf.select(OmegaConf.load(stored), "hydra.overrides")
+    given = [word for word in argv[1:] if word not in ("-m", "--multirun")]
+    own = ["hydra.sweep.dir=", "hydra.mode=", "resume="]
+    if any(word.startswith("hydra/launcher=") for word in given):  # another one does not know the first one's keys
+        own += ["hydra/launcher=", "hydra.launcher."]
+    words = [str(word) for word in [*asked.hydra, *asked.task] if not str(word).startswith(tuple(own))]
+    argv[1:] = ["-m", *words, *given, f"hydra.sweep.dir='{folder.resolve()}'", f"resume={AGAIN}"]
+
+
+def in_its_folder(cfg: DictConfig) -> bool:
+    """Whether a run goes on in the folder that its sweep gave it, whatever is there."""
+    return bool(cfg.resume == AGAIN)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
