@@ -73,9 +73,10 @@ class Summary:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Mark how it ended; the exception goes on."""
-        if error is None or (isinstance(error, SystemExit) and not error.code):
+        # Lightning's SIGTERMException is a SystemExit without a code too, and no end of the run's own.
+        if error is None or (type(error) is SystemExit and not error.code):
             self.finish("finished")
-        elif isinstance(error, KeyboardInterrupt | SystemExit) or type(error).__name__ == "SIGTERMException":
+        elif isinstance(error, KeyboardInterrupt | SystemExit):
             self.finish("interrupted", error=f"{type(error).__name__}: {error}".rstrip(": "))
         else:
             self.finish("failed", error=f"{type(error).__name__}: {error}".rstrip(": "))
