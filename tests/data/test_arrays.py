@@ -170,7 +170,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"root": None, "shape": [1]}, "data=memmap needs a file"),
     ({"root": "/nowhere.npz"}, "data.root=/nowhere.npz does not exist"),
     ({"root": "{folder}"}, "is a folder: name a file"),
-    ({"root": "{raw}"}, "neither .npz nor .npy .*data=memmap"),
+    ({"root": "{raw}"}, r"^\S+ is neither .npz nor .npy .*data=memmap data.shape=\[N,H,W,C\]$"),
     ({"root": "{raw}", "shape": [40, 6, 6, 3]}, "has 4,324 bytes, and data.shape=.* makes 4,320: say"),
     ({"root": "{raw}", "shape": [40, 6, 6, 3], "dtype": "uint7"}, "data.dtype=uint7 does not exist"),
     ({"root": "{cut}"}, "cannot be read .*: make the file anew"),

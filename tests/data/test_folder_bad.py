@@ -220,6 +220,17 @@ def test_lazy_images_are_looked_at_once(
     assert len(looked) == 25 + 12
 
 
+def test_a_bad_file_met_in_training_says_how_to_find_all(picture_folder: Make) -> None:
+    root = picture_folder({"": 12})
+    (root / "003.png").write_bytes(b"no image")
+    data = ImageFolder(split="train", root=str(root), image_size=8, storage="unchecked", val_fraction=0.01)
+    with pytest.raises(OrnsteinError) as caught:
+        data.batch(np.arange(len(data)))
+    told = str(caught.value)
+    assert told.startswith(f"003.png of {root} cannot be used (") and "\n" not in told, told
+    assert "data.storage=lazy" in told and "resume" in told, told
+
+
 # After an error torch waits five seconds for a worker to end.
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_file_that_turns_bad_later(picture_folder: Make, workers: int) -> None:

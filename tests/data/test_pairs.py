@@ -144,7 +144,7 @@ def test_text_files_beside(tmp_path: Path) -> None:
         (tmp_path / "set" / row["file_name"]).with_suffix(".txt").write_text(row["text"], encoding="utf-8")
     assert told(read(tmp_path / "set")) == expected(rows)
     (tmp_path / "set" / "03.txt").unlink()
-    with pytest.raises(OrnsteinError, match=r"no caption file.*03\.txt"):
+    with pytest.raises(OrnsteinError, match=r"no caption file.*03\.txt.*data\.table=FILE"):
         read(tmp_path / "set")
 
 

@@ -172,6 +172,8 @@ def test_what_there_is_nothing_for_is_left_out_with_one_line(space, caplog):
         ({"keep_features": 1}, "keep_features=1"),
         ({"bootstrap": 5}, "bootstrap=5"),
         ({"bootstrap": -1}, "bootstrap=-1"),
+        ({"kid": "maybe"}, "kid=maybe must be true or false"),
+        ({"text_alignment": 1}, "text_alignment=1 must be true or false"),
         ({"precision_recall": True, "num_samples": 3, "neighbours": 3}, "lower it"),
     ],
 )

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli.autoencoder import evaluate_autoencoder, trains_autoencoder, typed_words
 from ornstein.cli.launch import fail, launch
+from ornstein.cli.numbers import check_numbers
 from ornstein.cli.ranks import Ranks, check_devices, join, launched_elsewhere, spread
 from ornstein.cli.reuse import Held, module_of
 from ornstein.cli.score import likelihood as likelihood
@@ -72,6 +73,7 @@ def _check_options(cfg: DictConfig, *, several: bool) -> None:
     from ornstein.cli.sweep import check_logger
     from ornstein.experiment.sample_files import check_format
 
+    check_numbers(cfg)
     check_format(cfg.keep_samples)
     check_logger(cfg)
     if several and (cfg.get("likelihood") or {}).get("_target_"):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from pathlib import Path
+
+_OURS = str(Path(__file__).resolve().parents[1])
+_as_python_tells = warnings.formatwarning
 
 
 def quiet_libraries() -> None:
@@ -19,3 +23,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     # Our data is arrays in memory: workers would only slow it down.
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    # Told wherever Slurm is installed; its jobs are what hydra/launcher=slurm starts.
+    warnings.filterwarnings("ignore", message=r".*`srun` command is available.*")
+    warnings.formatwarning = _sentence
+
+
+def _sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours is one for who typed the command: without the place in our source that it came from."""
+    if issubclass(category, UserWarning) and filename.startswith(_OURS):
+        return f"warning: {message}\n"
+    return _as_python_tells(message, category, filename, lineno, line)

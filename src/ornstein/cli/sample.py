@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from ornstein.cli.autoencoder import refuse_samples
 from ornstein.cli.launch import fail, launch, peek_argument, store_run
+from ornstein.cli.numbers import check_numbers
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def sample(cfg: DictConfig) -> None:
     from ornstein.experiment.sample_files import check_format
 
     refuse_samples(cfg)
-    if cfg.num_samples < 1:
-        raise OrnsteinError(f"num_samples={cfg.num_samples} must be at least 1.")
+    check_numbers(cfg)
     check_format(cfg.keep_samples)
     stored = open_run(str(cfg.run))
     module = restore(stored, cfg, checkpoint=cfg.checkpoint, weights=cfg.weights, trust_targets=list(cfg.trust_targets))

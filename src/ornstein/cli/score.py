@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ornstein.cli.numbers import check_numbers
 from ornstein.cli.ranks import Ranks
 from ornstein.cli.reuse import Held, measures_of
 from ornstein.errors import OrnsteinError
@@ -34,6 +35,7 @@ def request(module: DiffusionModule, cfg: DictConfig) -> tuple[range, dict[str, 
     from ornstein.cli.load import sampling_options
     from ornstein.cli.prompts import read_labels
 
+    check_numbers(cfg)
     if cfg.num_samples < 2:
         raise OrnsteinError(f"num_samples={cfg.num_samples}: figures need at least 2, and mean little below 1000.")
     check_kept_sizes(cfg)

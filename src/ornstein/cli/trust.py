@@ -72,6 +72,11 @@ def check_targets(cfg: DictConfig, trusted: Sequence[str] = (), *, groups: Seque
         for target in targets(OmegaConf.to_container(node, resolve=True)):
             if any(target == prefix or target.startswith(prefix.rstrip(".") + ".") for prefix in trusted):
                 continue
+            if target == "???":
+                raise OrnsteinError(
+                    f"{group}= names no class yet where its option asks for one: say which by its _target_, "
+                    "metrics.features.module._target_=package.Class say."
+                )
             if not _is_ours(target, group):
                 raise OrnsteinError(
                     f"the run's config names {target}, which is not part of this package: if you trust it, add "

@@ -27,6 +27,8 @@ from ornstein.cli.latents import check_alone, check_latents
 from ornstein.data.options import check_options
 from ornstein.errors import OrnsteinError
 
+# Data sets whose options need no look of their own: to ask a class costs importing torch.
+_WITHOUT_CHECKS = ("Digits", "MNIST", "FashionMNIST", "Emoji")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
@@ -77,8 +79,13 @@ def _check_training(cfg: DictConfig, choices: dict[str, str], **parts: Any) -> N
 
 def check_root(cfg: DictConfig, choices: dict[str, str]) -> None:
     """A folder of one's own images must be named, and be there; and what is asked of the data can be meant."""
+    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise OrnsteinError(f"seed={cfg.seed}: give a whole number of at least 0.")
     check_options(dict(cfg.data))
-    if not OmegaConf.select(cfg, "data.dataset._target_", default="").endswith("ImageFolder"):
+    kind = str(OmegaConf.select(cfg, "data.dataset._target_", default="")).rpartition(".")[2]
+    if kind in _WITHOUT_CHECKS:
+        return
+    if kind != "ImageFolder":
         own = _dataset_of(cfg)
         if hasattr(own, "check"):
             own.check(OmegaConf.to_container(cfg.data, resolve=True))

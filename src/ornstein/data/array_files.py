@@ -90,6 +90,8 @@ def list_arrays(path: Path) -> dict[str, Found]:
                         name = member.removesuffix(".npy")
                         found[name] = Found(path=path, name=name, shape=shape, dtype=dtype)
                 return found
+    except OrnsteinError:  # which is a ValueError, too
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise OrnsteinError(f"{path} cannot be read ({error}): make the file anew") from error
 

@@ -47,8 +47,9 @@ def from_classes(template: str | None, labels: np.ndarray | None, names: Sequenc
     return [texts[label] for label in labels.tolist()]
 
 
-def from_files(paths: Sequence[Path]) -> list[str]:
-    """The text of each image's ``.txt`` file of the same name beside it, on one line.
+def from_files(paths: Sequence[Path], *, way_out: str = "set data.caption_files=false") -> list[str]:
+    """The text of each image's ``.txt`` file of the same name beside it, on one line; ``way_out`` is what a message
+    offers where there are none.
 
     Raises:
         OrnsteinError: files that are missing or cannot be read, the first by name.
@@ -63,7 +64,6 @@ def from_files(paths: Sequence[Path]) -> list[str]:
     if faults:
         raise OrnsteinError(
             f"{len(faults)} of {len(paths)} images have no caption file that can be read: {', '.join(faults[:NAMED])}"
-            f"{' and more' if len(faults) > NAMED else ''}; write them (an empty one is an empty caption), or set "
-            "data.caption_files=false."
+            f"{' and more' if len(faults) > NAMED else ''}; write them (an empty one is an empty caption), or {way_out}."
         )
     return captions

@@ -1,6 +1,6 @@
 """What can be told of a data config before anything is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from ornstein.errors import OrnsteinError
@@ -12,6 +12,17 @@ STORAGES: tuple[Storage, ...] = get_args(Storage)
 POLICIES = ("drop", "refuse", "allow")
 REFERENCES = ("whole", "limited")
 PARTS = ("test", "train")
+SWITCHES = ("balanced", "caption_files", "every_caption", "exact_resume", "flip", "streaming", "trust_pipes")
+_LEAST = {
+    "batch_size": 1,
+    "eval_batch_size": 1,
+    "limit": 1,
+    "num_workers": 0,
+    "max_bad": 0,
+    "channels": 1,
+    "num_classes": 1,
+    "seed": 0,
+}
 BALANCED_WAY_OUT = "name a data set with classes and say how many (data.num_classes), or set data.balanced=false"
 
 
@@ -21,10 +32,22 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         OrnsteinError: names the option as it is typed.
     """
-    for key, least in (("batch_size", 1), ("eval_batch_size", 1), ("limit", 1), ("num_workers", 0), ("max_bad", 0)):
+    for key, least in _LEAST.items():
         value = options.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if key == "num_classes" and value == "auto":
+            continue
+        if value is not None and not _is_whole(value, least):
             raise OrnsteinError(f"data.{key}={value}: give a whole number of at least {least}")
+    # Several numbers are told by who builds the network, which is what takes no other shape than squares.
+    side = options.get("image_size", 1)
+    if not isinstance(side, Sequence) and not _is_whole(side, 1) or isinstance(side, str):
+        raise OrnsteinError(f"data.image_size={side}: give one positive side in pixels, 64 say")
+    sigma = options.get("sigma_data")
+    if sigma is not None and not (_is_number(sigma) and sigma > 0):
+        raise OrnsteinError(f"data.sigma_data={sigma}: give a number above 0, 0.5 say: the images' standard deviation")
+    for key in SWITCHES:
+        if not isinstance(options.get(key, False), bool | None):
+            raise OrnsteinError(f"data.{key}={options[key]}: give true or false")
     several: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("overlap", POLICIES),
         ("limit_reference", REFERENCES),
@@ -55,6 +78,11 @@ def check_shares(val_fraction: Any, test_fraction: Any = 0.0) -> None:
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave nothing to train on: "
             "give two shares that add up to less than 1"
         )
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    """An int of at least that, and no word of yes or no."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value: Any) -> bool:

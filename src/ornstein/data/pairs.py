@@ -17,6 +17,8 @@ from ornstein.data.pair_tables import Columns, check_tables, class_names_of, fin
 from ornstein.data.stored import Files, checked_storage, report_path, verify
 from ornstein.errors import OrnsteinError
 
+_WAY_OUT = "name the table that has the captions (data.table=FILE), or train without captions (data=image_folder)"
+
 
 class Pairs(ImageDataset):
     """Images with captions.
@@ -93,7 +95,7 @@ class Pairs(ImageDataset):
             raise OrnsteinError(f"no {chosen} image of data.root={folder} is left: name other data")
 
         paths = [found.paths[row] for row in kept.tolist()]
-        beside = [] if pairs else from_files(paths)
+        beside = [] if pairs else from_files(paths, way_out=_WAY_OUT)
         texts = [by_path[path].captions for path in paths] if pairs else [(text,) for text in beside]
         rows, captions = _visits(texts, every=every_caption and chosen == "train")
         self.paths = [paths[row] for row in rows.tolist()]

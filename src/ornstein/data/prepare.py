@@ -6,7 +6,10 @@ through; one that cannot be read is left out and named.
 
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -80,6 +83,7 @@ def read(
         batch_size=None,
         num_workers=_cores(sets) if workers is None else workers,
         collate_fn=_as_it_is,
+        worker_init_fn=partial(_leave_with, os.getpid()),
         generator=torch.Generator().manual_seed(0),  # making an iterator must not move the global one
     )
 
@@ -220,6 +224,17 @@ def _cores(sets: Sets) -> int:
     """Worker processes that serve a data set: none for arrays that are in memory."""
     arrays = [each for images in sets.values() for each in (images.images, images.conditions) if each is not None]
     return 0 if all(isinstance(each, np.ndarray) for each in arrays) else len(os.sched_getaffinity(0))
+
+
+def _leave_with(parent: int, _: int) -> None:
+    """Ends a worker whose parent was killed: it would wait for ever that somebody takes its images."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(found: Any) -> Any:

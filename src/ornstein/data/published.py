@@ -65,7 +65,7 @@ def find(
             with hasty():
                 fetch(home)
         except FAILURES as error:
-            told = " ".join(str(error).split()) or type(error).__name__
+            told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             reason = f", and fetching it failed: {told}"
         if (found := seek(home)) is not None:
             return found

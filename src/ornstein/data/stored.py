@@ -120,7 +120,13 @@ class LazyImages:
             return decode(self.sources, row, self.shape, self.crop)
         except BadImage as error:
             if not self.checked:
-                raise
+                raise BadImage(
+                    f"{error.name} of {self.sources.home} cannot be used ({error.reason}), and data.storage=unchecked "
+                    "meets such images only when their turn comes: repair or remove it and resume the run, or have all "
+                    "of them named beforehand by data.storage=lazy",
+                    name=error.name,
+                    reason=error.reason,
+                ) from error
             raise BadImage(
                 f"{error.name} of {self.sources.home} can no longer be read ({error.reason}): it was whole when the "
                 "data were set up, so restore it and resume the run",

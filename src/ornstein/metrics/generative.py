@@ -112,7 +112,16 @@ class GenerativeMetrics:
             density_neighbours=density_neighbours,
             keep_features=keep_features,
             bootstrap=bootstrap,
+            kid=kid,
+            kid_all_pairs=kid_all_pairs,
+            inception_score=inception_score,
+            label_accuracy=label_accuracy,
+            sfid=sfid,
             precision_recall=precision_recall,
+            density_coverage=density_coverage,
+            cmmd=cmmd,
+            fid_infinity=fid_infinity,
+            text_alignment=text_alignment,
         )
         self.choice = Choice(
             kid=kid,

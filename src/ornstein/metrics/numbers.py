@@ -1,9 +1,21 @@
-"""What is checked of the metrics' numbers before anything is loaded."""
+"""What is checked of the metrics' numbers and switches before anything is loaded."""
 
 from typing import Any
 
 from ornstein.errors import OrnsteinError
 
+_SWITCHES = {
+    "kid",
+    "kid_all_pairs",
+    "inception_score",
+    "label_accuracy",
+    "sfid",
+    "precision_recall",
+    "density_coverage",
+    "cmmd",
+    "fid_infinity",
+    "text_alignment",
+}
 
 def check_metric_numbers(
     *,
@@ -17,7 +29,7 @@ def check_metric_numbers(
     bootstrap: int = 0,
     **others: Any,
 ) -> None:
-    """Checks the numbers among the arguments of :class:`ornstein.metrics.GenerativeMetrics`; ``others`` are none.
+    """Checks the numbers and switches among the arguments of :class:`ornstein.metrics.GenerativeMetrics`.
 
     Raises:
         ValueError: names the option as it is typed, its value and what it must be.
@@ -47,6 +59,9 @@ def check_metric_numbers(
         raise OrnsteinError(
             f"metrics.bootstrap={bootstrap}: a 95 % interval needs 20 resamples at least; 0 is for none."
         )
+    for name in _SWITCHES & others.keys():
+        if not isinstance(others[name], bool):
+            raise OrnsteinError(f"metrics.{name}={others[name]} must be true or false.")
     if others.get("precision_recall") and num_samples and num_samples <= neighbours:
         raise OrnsteinError(
             f"metrics.neighbours={neighbours} needs more samples than metrics.num_samples={num_samples}: lower it."

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from ornstein.metrics.statistics import Statistics
 
-Kernel = Callable[[Tensor, Tensor], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 _BLOCK = 1 << 21  # pairs at a time: 16 MB of float64, and a few times that meanwhile
 
 
-def polynomial(x: Tensor, y: Tensor) -> Tensor:
-    """KID's kernel ``(x . y / D + 1)**3`` of rows ``(N, D)`` and ``(M, D)``: ``(N, M)``."""
-    return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
+def polynomial(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """KID's kernel ``(x . y / D + 1)**3`` of rows ``(N, D)`` and ``(M, D)``: ``(N, M)``, into ``out`` where given."""
+    return torch.mm(x, y.T, out=out).div_(x.shape[1]).add_(1).pow_(3)
 
 
-def gaussian(x: Tensor, y: Tensor) -> Tensor:
+def gaussian(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """CMMD's kernel ``exp(-|x - y|**2 / (2 sigma**2))``, sigma 10, of rows ``(N, D)`` and ``(M, D)``: ``(N, M)``."""
-    square = (x @ y.T).mul_(-2).add_(x.square().sum(1, keepdim=True)).add_(y.square().sum(1))
+    square = torch.mm(x, y.T, out=out).mul_(-2).add_(x.square().sum(1, keepdim=True)).add_(y.square().sum(1))
     return square.clamp_min_(0).div_(-2 * CMMD_SIGMA**2).exp_()
 
 
@@ -59,19 +59,25 @@ def pair_sums(samples: Tensor, real: Tensor, kernel: Kernel, *, weights: Tensor 
     real_cross = torch.zeros(len(real), dtype=torch.float64, device=real.device)
     counts = None if weights is None else weights.to(samples).T
     weighted = torch.zeros(0 if weights is None else len(weights), dtype=torch.float64, device=samples.device)
+    # One place for all products: a fresh one for each leaves a torn heap behind, several times its size.
+    scratch = samples.new_empty(max(_BLOCK, len(samples), len(real)))
+
+    def pairs(rows: Tensor, others: Tensor) -> Tensor:
+        return kernel(rows, others, scratch[: len(rows) * len(others)].view(len(rows), len(others)))
+
     for start, rows in _chunks(samples, max(len(samples), len(real))):
-        block = kernel(rows, samples)
+        block = pairs(rows, samples)
         diagonal.append(block.diagonal(start).clone())
         own.append(block.sum(1) - diagonal[-1])
         if counts is not None:
             block.diagonal(start).zero_()
             weighted += (counts[start : start + len(rows)] * (block @ counts)).sum(0)
-        block = kernel(rows, real)
+        block = pairs(rows, real)
         cross.append(block.sum(1))
         real_cross += block.sum(0)
     mine, real_diagonal = [], []
     for start, rows in _chunks(real, len(real)):
-        block = kernel(rows, real)
+        block = pairs(rows, real)
         real_diagonal.append(block.diagonal(start).clone())
         mine.append(block.sum(1) - real_diagonal[-1])
     return PairSums(
@@ -127,16 +133,17 @@ def subset_kid(samples: Tensor, real: Tensor, *, subsets: int, size: int, seed: 
     """
     generator = torch.Generator().manual_seed(seed)
     size = min(size, len(samples), len(real))
-    samples, real = samples.double(), real.double()
-    block = samples.new_empty(size, size)  # one for all: a fresh one for each product leaves a torn heap behind
+    # Room for all subsets alike, in float64 for them alone: a copy of everything takes what the features take, twice.
+    block = samples.new_empty(size, size, dtype=torch.float64)
+    ours, theirs = (side.new_empty(size, side.shape[1], dtype=torch.float64) for side in (samples, real))
 
     def pairs(x: Tensor, y: Tensor) -> Tensor:
-        return torch.mm(x, y.T, out=block).div_(x.shape[1]).add_(1).pow_(3)
+        return polynomial(x, y, block)
 
     found = []
     for _ in range(subsets):
-        theirs = real[torch.randperm(len(real), generator=generator)[:size].to(real.device)]
-        ours = samples[torch.randperm(len(samples), generator=generator)[:size].to(samples.device)]
+        theirs.copy_(real[torch.randperm(len(real), generator=generator)[:size].to(real.device)])
+        ours.copy_(samples[torch.randperm(len(samples), generator=generator)[:size].to(samples.device)])
         within = torch.zeros((), dtype=torch.float64, device=samples.device)
         for side in (ours, theirs):
             within += pairs(side, side).sum() - block.diagonal().sum()
