@@ -328,6 +328,11 @@ def command(folder: Path, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def processes_in(folder: Path) -> list[str]:
+    """Those whose working folder it is."""
+    return [str(each) for each in Path("/proc").glob("[0-9]*/cwd") if os.path.realpath(each) == str(folder)]
+
+
 def arrays(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("0*.npy"))}
 
@@ -344,7 +349,7 @@ def test_help_loads_neither_torch_nor_anything_else() -> None:
 @pytest.mark.slow
 def test_killed_it_goes_on(tmp_path: Path) -> None:
     """The same bytes as an undisturbed run; what was there is not decoded again; the command mends what it names."""
-    words = ("data=digits", "data.image_size=64", "shard_images=8", "data.num_classes=10")
+    words = ("data=digits", "data.image_size=64", "shard_images=8", "data.num_classes=10", "workers=2")
     whole = command(tmp_path, *words, "out=whole")
     _, err = whole.communicate(timeout=120)
     assert whole.returncode == 0, err
@@ -354,6 +359,10 @@ def test_killed_it_goes_on(tmp_path: Path) -> None:
         time.sleep(0.005)
     killed.kill()
     killed.communicate()
+    deadline = time.monotonic() + 10  # workers look after their parent once a second
+    while (left := processes_in(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
     there = len(arrays(tmp_path / "parts"))
     assert 3 <= there < 200
     from ornstein.data import Prepared

@@ -37,6 +37,8 @@ REFUSED = [
     ("model=dit model.lerning_rate=1", "model.lerning_rate=1: model=dit has no lerning_rate; learning_rate"),
     ("conditioner.droput=0", "conditioner.droput=0: conditioner=class_label has no droput; num_classes, dropout."),
     ("model=latent_dit codec.scale=1", "codec.scale=1: codec=kl has no scale; it has weights codec=diffusers has one."),
+    ("data=webdataset data.urls=/a/{0..9}.tar", "data.urls=/a/{0..9}.tar: quotes \"data.urls='/data/"),
+    ("data=webdataset data.urls=/a/0.tar data.urls=/a/1.tar", "data.urls=/a/1.tar and 1 more: quotes"),
     ("sampler=diffusers sampler/grid=karras", "sampler/grid=karras diffusers bring their own sampler=ddim"),
 ]
 

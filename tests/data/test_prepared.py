@@ -185,6 +185,7 @@ def test_an_unfinished_folder_follows_its_images_a_finished_one_does_not(tmp_pat
 
 REFUSED = [
     ({"index.json": "{}"}, "its index.json is damaged .*'format'"),
+    ({"index.json": '{"format": "ornstein.latents.1"}'}, "holds ornstein.latents.1 and no .*: name another folder"),
     ({"index.json": '{"format": "ornstein.images.0"}'}, "is of the format ornstein.images.0 and this version reads"),
     ({"index.json": '{"format": "ornstein.images.1", "complete": true, "command": "c"}'}, "is damaged .*'splits'"),
     ({"readme.txt": ""}, "holds no prepared images .no index.json.: make them by `python -m ornstein.cli.prepare"),

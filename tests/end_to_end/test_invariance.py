@@ -244,7 +244,7 @@ def test_what_a_run_cannot_do_is_told(run, options, words):
     ("options", "words"),
     [
         ({"checkpoint": "newest"}, "choose last or best"),
-        ({"weights": "average"}, "choose ema or model"),
+        ({"weights": "average"}, "choose ema, model, or the length"),
     ],
 )
 def test_what_cannot_be_loaded_is_told(trained, options, words):

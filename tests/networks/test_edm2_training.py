@@ -62,7 +62,7 @@ def fit(folder: Path, *, steps: int, ckpt: Path | None = None) -> pl.Trainer:
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    data = DataModule(bars, batch_size=8, num_classes=2, class_names=["left", "right"])
+    data = DataModule(bars, batch_size=8, num_classes=2, class_names=["left", "right"], overlap="allow")
     trainer.fit(make_module(), data, ckpt_path=None if ckpt is None else str(ckpt), weights_only=True)
     return trainer
 

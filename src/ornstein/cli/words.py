@@ -23,6 +23,7 @@ _GROUPS = ("sampler", "scheduler", "objective", "model", "conditioner", "codec",
 _MAX_KEYS = 16  # listed of an option
 _MAX_OTHERS = 6  # options named that have a key
 _OVERRIDE = re.compile(r"(?P<sign>[+~]{0,2})(?P<key>[A-Za-z_][\w./]*)=(?P<value>.*)", re.DOTALL)
+_BRACES = re.compile(r"[^'\"\[].*\{\d+\.\.\d+\}.*")
 _OPTION = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -40,6 +41,7 @@ def check_words(task: str, words: Sequence[str]) -> None:
     matches = [match for match in map(_OVERRIDE.fullmatch, words) if match is not None]
     for match in matches:
         _check_dots(match)
+    _check_shards(matches)
     dotted = [match for match in matches if not match["sign"] and match["key"].partition(".")[0] in _GROUPS]
     dotted = [match for match in dotted if "." in match["key"] and "/" not in match["key"]]
     grids = [match for match in matches if match["key"] == "sampler/grid"]
@@ -73,6 +75,18 @@ def _check_dots(match: re.Match[str]) -> None:
             f"{match.string} sets a text where an option is meant, whose group is written with a slash: choose "
             f"{group}={match['value']}."
         )
+
+
+def _check_shards(matches: Sequence[re.Match[str]]) -> None:
+    """Braces of shards' names that the shell has spelled out, an override each, or that Hydra cannot read."""
+    for key in ("data.urls", "data.val_urls", "data.test_urls"):
+        values = [match["value"] for match in matches if match["key"] == key]
+        if len(values) > 1 or any(_BRACES.fullmatch(value) for value in values):
+            more = f" and {len(values) - 1} more" if len(values) > 1 else ""
+            raise OrnsteinError(
+                f"{key}={values[-1]}{more}: braces need quotes for the shell "
+                f"and quotes for Hydra, \"{key}='/data/train-{{0000..0099}}.tar'\" say."
+            )
 
 
 def _check_key(match: re.Match[str], cfg: DictConfig) -> None:

@@ -62,8 +62,9 @@ def from_files(paths: Sequence[Path], *, way_out: str = "set data.caption_files=
         except (OSError, UnicodeDecodeError) as error:
             faults.append(f"{beside} ({getattr(error, 'strerror', None) or error})")
     if faults:
+        more = " and more" if len(faults) > NAMED else ""
         raise OrnsteinError(
             f"{len(faults)} of {len(paths)} images have no caption file that can be read: {', '.join(faults[:NAMED])}"
-            f"{' and more' if len(faults) > NAMED else ''}; write them (an empty one is an empty caption), or {way_out}."
+            f"{more}; write them (an empty one is an empty caption), or {way_out}."
         )
     return captions

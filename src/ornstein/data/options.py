@@ -40,7 +40,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise OrnsteinError(f"data.{key}={value}: give a whole number of at least {least}")
     # Several numbers are told by who builds the network, which is what takes no other shape than squares.
     side = options.get("image_size", 1)
-    if not isinstance(side, Sequence) and not _is_whole(side, 1) or isinstance(side, str):
+    if isinstance(side, str) or not (isinstance(side, Sequence) or _is_whole(side, 1)):
         raise OrnsteinError(f"data.image_size={side}: give one positive side in pixels, 64 say")
     sigma = options.get("sigma_data")
     if sigma is not None and not (_is_number(sigma) and sigma > 0):

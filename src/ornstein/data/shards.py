@@ -55,6 +55,8 @@ def read_index(folder: str | Path, *, form: str, asked: str, holds: str, command
         found = index["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged_index(error, asked=asked, command=command) from error
+    if str(found).rpartition(".")[0] != form.rpartition(".")[0]:
+        raise OrnsteinError(f"{asked} holds {found} and no {holds}: name another folder, or make one by `{command}`.")
     if found != form:
         raise OrnsteinError(
             f"{asked} is of the format {found} and this version reads {form}: remove the folder and make it again by "

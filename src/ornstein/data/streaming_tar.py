@@ -55,7 +55,7 @@ def expand(urls: str | Sequence[str], *, key: str) -> list[str]:
         raise needs_extra(error) from error
     patterns = [part for each in ([urls] if isinstance(urls, str) else urls) for part in each.split("::") if part]
     if not patterns:
-        raise OrnsteinError(f"data.{key} names no shards: data.{key}='/data/train-{{0000..0099}}.tar', say")
+        raise OrnsteinError(f"data.{key} names no shards: \"data.{key}='/data/train-{{0000..0099}}.tar'\", say")
     try:
         names = [name for pattern in patterns for name in braceexpand(pattern)]
     except ValueError as error:

@@ -52,7 +52,9 @@ class TarShards:
     ) -> None:
         chosen = checked_split(split, SPLITS)
         if not urls:
-            raise OrnsteinError("data=webdataset needs shards: data.urls='/data/train-{0000..0099}.tar', say")
+            raise OrnsteinError(
+                "data=webdataset needs shards: \"data.urls='/data/train-{0000..0099}.tar'\", say, or a folder"
+            )
         if chosen == "test" and not test_urls:
             raise NoSplit("there are no test shards: name them with data.test_urls")
         if labels and label_column is None:
