@@ -192,3 +192,22 @@ def test_further_spaces_that_cannot_be_are_refused(also, words):
     assert further_spaces(None) == [] == further_spaces({"efficientnet": False, "dinov2": None})
     with pytest.raises(OrnsteinError, match=words):
         check_further_spaces(also)
+
+
+def test_kernel_sums_take_one_place_for_all_blocks(monkeypatch):
+    """Fresh blocks of several sizes tear the heap: 10,000 features of 2,048 took a gigabyte beside their own."""
+    from ornstein.metrics.figures import kernel
+
+    places = set()
+
+    def watched(x, y, out=None):
+        places.add(out.untyped_storage().data_ptr())
+        return kernel.polynomial(x, y, out)
+
+    monkeypatch.setattr(kernel, "_BLOCK", 64)
+    x, y = torch.randn(40, 3), torch.randn(30, 3)
+    found = kernel.pair_sums(x, y, watched, weights=torch.ones(1, 40))
+    whole = kernel.polynomial(x.double(), y.double())
+    assert len(places) == 1
+    assert torch.allclose(found.cross, whole.sum(1), rtol=1e-12) and torch.allclose(found.real_cross, whole.sum(0))
+    assert torch.allclose(found.weighted, found.own.sum()[None], rtol=1e-12)
