@@ -296,3 +296,17 @@ def test_further_spaces_are_scored_beside_the_main_one(pixels, make_pixels, real
     report = metrics.report(values).to_dict()
     assert set(report["spaces"]) == {"other", "clip"} and report["spaces"]["other"]["fingerprint"] == other.fingerprint
     assert metrics.compute(intervals=False).keys() == figures
+
+
+def test_judging_by_captions_that_nobody_has_costs_one_line(caplog):
+    from ornstein.metrics import DigitsFeatures
+
+    metrics = GenerativeMetrics(DigitsFeatures(), bootstrap=0, text_alignment=True)
+    images = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8)
+    metrics.set_reference(images)
+    metrics.update(images)
+    for _ in range(2):
+        assert "text_alignment_r1" not in metrics.compute()
+    assert [line for line in caplog.messages if "captions" in line] == [
+        "metrics.text_alignment is left out: the samples have no captions to be judged by."
+    ]

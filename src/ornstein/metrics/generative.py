@@ -4,6 +4,7 @@ Each image goes through each extractor once; what is kept of it is bounded (:mod
 memory does not grow with the number of images, and the figures depend on neither batch size nor number of processes.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,12 +22,13 @@ from ornstein.metrics.numbers import check_metric_numbers
 from ornstein.metrics.reference import compute_statistics
 from ornstein.metrics.report import MetricReport
 from ornstein.metrics.spaces import Space, further_spaces, space_facts
-from ornstein.metrics.statistics import KEPT_FEATURES, Accumulator, Statistics, from_first, summed
+from ornstein.metrics.statistics import KEPT_FEATURES, Accumulator, Statistics, from_first, rank, summed
 
 if TYPE_CHECKING:
     from ornstein.metrics.clip_score import ClipScore
     from ornstein.metrics.text_alignment import TextAlignment
 
+log = logging.getLogger(__name__)
 ROUNDING = "uint8: rounded to the nearest of 256 levels before any feature is taken"
 
 
@@ -103,26 +105,6 @@ class GenerativeMetrics:
                 "generative metrics need a feature space; choose metrics=digits, mnist, fashion_mnist or inception, "
                 "or switch the metrics callback off with metrics=none."
             )
-        check_metric_numbers(
-            num_samples=num_samples,
-            kid_subsets=kid_subsets,
-            kid_subset_size=kid_subset_size,
-            inception_splits=inception_splits,
-            neighbours=neighbours,
-            density_neighbours=density_neighbours,
-            keep_features=keep_features,
-            bootstrap=bootstrap,
-            kid=kid,
-            kid_all_pairs=kid_all_pairs,
-            inception_score=inception_score,
-            label_accuracy=label_accuracy,
-            sfid=sfid,
-            precision_recall=precision_recall,
-            density_coverage=density_coverage,
-            cmmd=cmmd,
-            fid_infinity=fid_infinity,
-            text_alignment=text_alignment,
-        )
         self.choice = Choice(
             kid=kid,
             kid_subsets=kid_subsets,
@@ -139,6 +121,14 @@ class GenerativeMetrics:
             bootstrap=bootstrap,
             seed=seed,
         )
+        check_metric_numbers(
+            num_samples=num_samples,
+            inception_splits=inception_splits,
+            keep_features=keep_features,
+            label_accuracy=label_accuracy,
+            text_alignment=text_alignment,
+            **vars(self.choice),
+        )
         self.num_samples = features.default_samples if num_samples is None else num_samples
         self.keep_features = keep_features
         self.published = None if reference is None else Path(reference).expanduser()
@@ -147,6 +137,7 @@ class GenerativeMetrics:
         self._clip_wanted = self.clip is None
         self.text_alignment: TextAlignment | None = None
         self._alignment_wanted = text_alignment
+        self._told_of_captions = False
         self._wants_accuracy = label_accuracy and features.num_classes is not None
         self.spaces: list[Space] = []
         for number, each in enumerate([features, *further_spaces(also)]):
@@ -276,6 +267,11 @@ class GenerativeMetrics:
         """What captions and images have to do with each other; a process that had none takes part all the same."""
         others = summed(torch.tensor([self.clip is not None, self.text_alignment is not None]).long())
         self._make_judges(clip=bool(others[0]), alignment=bool(others[1]))
+        if rank() == 0 and not self._told_of_captions:
+            wanted = {"clip": self._clip_wanted and self._clip_model, "text_alignment": self._alignment_wanted}
+            for name in (name for name, asked in wanted.items() if asked):
+                log.warning("metrics.%s is left out: the samples have no captions to be judged by.", name)
+                self._told_of_captions = True
         values = {}
         if self.clip is not None and (clip := self.clip.compute()) is not None:
             values["clip_score"] = clip

@@ -17,6 +17,7 @@ _SWITCHES = {
     "text_alignment",
 }
 
+
 def check_metric_numbers(
     *,
     num_samples: int | None = None,
