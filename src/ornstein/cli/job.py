@@ -30,7 +30,7 @@ def needs_processes(cfg: DictConfig) -> int:
 
     from ornstein.cli.ranks import launched_elsewhere
 
-    if not HydraConfig.initialized() or launched_elsewhere() or "LOCAL_RANK" in os.environ:
+    if not HydraConfig.initialized() or launched_elsewhere():
         return 1
     return devices_of(cfg.trainer) if _sweeping() or cfg.resume not in (None, "auto") else 1
 
