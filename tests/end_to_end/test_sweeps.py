@@ -61,6 +61,22 @@ def test_a_run_of_two_devices_goes_on(command, tiny, tmp_path):
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: trainer.max_steps=0")
 
 
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [
+        ("parallel", ["hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "n_jobs: 3"]),
+        ("slurm", ["hydra_plugins.ornstein_slurm.launcher.SlurmLauncher", "n_jobs: null", "max_num_timeout: 100"]),
+    ],
+)
+def test_launchers_of_ours_compose(command, tmp_path, launcher, words):
+    number = (
+        "hydra.launcher.n_jobs=3" if launcher == "parallel" else "+hydra.launcher.additional_parameters.n_jobs=null"
+    )
+    shown = command("train.py", f"hydra/launcher={launcher}", number, "--cfg", "hydra", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert [word for word in words if word not in shown.stdout] == []
+
+
 def test_the_command_line_of_a_sweep_comes_back_from_its_folder(tmp_path):
     (tmp_path / "multirun.yaml").write_text(
         "hydra:\n  overrides:\n    hydra: [hydra/launcher=slurm, hydra.launcher.timeout_min=5, hydra.sweep.dir=x, "

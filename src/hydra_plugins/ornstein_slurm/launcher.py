@@ -7,7 +7,6 @@ asked too, a job that neither knows any more is lost, and a lost job is a failed
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import time
@@ -25,7 +24,6 @@ except ImportError:  # the extra "sweeps" is not installed: then there is no suc
     _Submitit = None
 
 log = logging.getLogger(__name__)
-FAILED = "failed.json"
 ASK_EVERY_S = 15
 # A job that has just been submitted, or requeued, may be in no list yet.
 LOST_AFTER_S = 30
@@ -108,6 +106,9 @@ if _Submitit is not None:
 
         def _tell(self, lost: JobReturn, overrides: list[str], number: int) -> None:
             """Writes the reason where a failed job's is looked for, and lets the sweep go on."""
+            from ornstein.cli.sweep import FAILED
+            from ornstein.experiment.atomic import write_json
+
             config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             with open_dict(config.hydra.job):
                 config.hydra.job.num = number
@@ -118,10 +119,7 @@ if _Submitit is not None:
                 folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
             finally:
                 hydra_config.cfg = before
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f".{FAILED}.partial"
-            partial.write_text(json.dumps({"error": lost._return_value}), encoding="utf-8")
-            partial.replace(folder / FAILED)
+            write_json(folder / FAILED, {"error": lost._return_value})
             lost.return_value, lost.status = None, JobStatus.COMPLETED
 
 

@@ -128,8 +128,8 @@ def collect(folder: Path) -> list[Cell]:
     for number in sorted(jobs):
         place, words = jobs[number]
         keys = {key: words[key] for key in asked if key in words}
-        report, summary = _json(place / "evaluation.json"), _json(place / "summary.json")
-        failed = _json(place / FAILED)
+        report, summary = read_json(place / "evaluation.json"), read_json(place / "summary.json")
+        failed = read_json(place / FAILED)
         if failed or not report:
             reason = failed.get("error", "it left no figures: it was killed, or did not begin")
             cells.append(Cell(number, keys, error=str(reason)))
@@ -253,7 +253,8 @@ def _typed(words: Any) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty where there is none that can be read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):

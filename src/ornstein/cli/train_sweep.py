@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -13,7 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli.launch import note_failed, take_argument, tell
-from ornstein.cli.sweep import FAILED, recorded
+from ornstein.cli.sweep import FAILED, read_json, recorded
 from ornstein.errors import OrnsteinError
 
 AGAIN = "sweep"  # what resume= says in the jobs of a sweep that is taken up again
@@ -57,7 +56,7 @@ def finish(folder: Path) -> dict[str, str]:
 
 def reason_of(job: Path) -> str | None:
     """Why a job of a sweep has no finished run; None of one that has."""
-    summary, failed = _json(job / "summary.json"), _json(job / FAILED)
+    summary, failed = read_json(job / "summary.json"), read_json(job / FAILED)
     if summary.get("status") == "finished":
         return None
     return str(failed.get("error") or summary.get("error") or "it was killed, or never began")
@@ -71,7 +70,7 @@ def job_of_sweep(body: Callable[[DictConfig], Any]) -> Callable[[DictConfig], An
         if cfg.resume != AGAIN:
             return recorded(body)(cfg)
         folder = Path(str(cfg.paths.run_dir))
-        summary = _json(folder / "summary.json")
+        summary = read_json(folder / "summary.json")
         if summary.get("status") == "finished":
             print(f"finished   {folder}, nothing to do")
             return {name: value for name, value in summary.items() if isinstance(value, int | float)}
@@ -111,10 +110,3 @@ def prepare_sweep(argv: list[str]) -> None:
 def in_its_folder(cfg: DictConfig) -> bool:
     """Whether a run goes on in the folder that its sweep gave it, whatever is there."""
     return bool(cfg.resume == AGAIN)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
