@@ -87,9 +87,9 @@ def test_killed_and_resumed_is_never_stopped(
 
     user = tmp_path / "user"
     (user / "conf" / "callbacks").mkdir(parents=True)
-    (user / "kill_once.py").write_text(KILL)
+    (user / "kill_in_a_bucket.py").write_text(KILL)
     (user / "conf" / "callbacks" / "killed.yaml").write_text(
-        f"defaults: [default]\nkill: {{_target_: kill_once.KillOnce, step: 7, flag: {tmp_path / 'flag'}}}\n"
+        f"defaults: [default]\nkill: {{_target_: kill_in_a_bucket.KillOnce, step: 7, flag: {tmp_path / 'flag'}}}\n"
     )
     words = ["--config-dir", str(user / "conf"), "callbacks=killed", *options, f"hydra.run.dir={folder}"]
     run = command("train.py", *words, "data.num_workers=2", cwd=tmp_path, path=[user])

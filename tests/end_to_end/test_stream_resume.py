@@ -65,9 +65,9 @@ def test_killed_and_resumed_equals_undisturbed(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     user = tmp_path / "user"
     (user / "conf" / "callbacks").mkdir(parents=True)
-    (user / "kill_once.py").write_text(KILL)
+    (user / "kill_in_a_stream.py").write_text(KILL)
     (user / "conf" / "callbacks" / "killed.yaml").write_text(
-        f"defaults: [default]\nkill: {{_target_: kill_once.KillOnce, step: 8, flag: {tmp_path / 'killed'}}}\n"
+        f"defaults: [default]\nkill: {{_target_: kill_in_a_stream.KillOnce, step: 8, flag: {tmp_path / 'killed'}}}\n"
     )
     words = {
         *(word for word in tiny() if not word.startswith(("data.limit", "trainer.max_steps"))),
@@ -86,7 +86,7 @@ def test_killed_and_resumed_equals_undisturbed(
     monkeypatch.syspath_prepend(user)
 
     def resume(*overrides: str) -> None:
-        argv = ["train.py", f"resume={cut}", "trust_targets=[kill_once]", *overrides]
+        argv = ["train.py", f"resume={cut}", "trust_targets=[kill_in_a_stream]", *overrides]
         name = prepare_resume(argv)
         train(compose(*argv[1:], run_dir=cut, config_name=name))
 

@@ -74,14 +74,12 @@ def config_of_the_run(folder: Path) -> dict:
 
 def test_wheel_carries_configs_weights_and_types(wheel: Path) -> None:
     source = ROOT / "src"
-    kept = [
-        path for path in (source / "ornstein").rglob("*") if path.suffix in (".py", ".typed", ".safetensors", ".txt")
-    ]
+    kept = [path for path in source.rglob("*") if path.suffix in (".py", ".typed", ".safetensors", ".txt")]
     expected = {path.relative_to(source).as_posix() for path in kept}
     expected |= {f"ornstein/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert expected <= names, expected - names
-    assert {name.split("/")[0].partition("-")[0] for name in names} == {"ornstein"}
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"ornstein", "hydra_plugins"}
 
 
 def test_train_in_an_empty_folder(commands: Path, tmp_path: Path) -> None:
