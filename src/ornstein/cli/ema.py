@@ -81,13 +81,15 @@ def make(request: Request) -> list[Path]:
     from safetensors.torch import save
 
     from ornstein.experiment.atomic import replace_file
-    from ornstein.training.posthoc import FOLDER, reconstruct, snapshots_of
+    from ornstein.training.posthoc import FOLDER, mixture_of, reconstruct, snapshots_of
 
     snapshots = snapshots_of(request.run)
     steps = sorted({each.step for each in snapshots})
     kept = ", ".join(sorted({f"{each.std:g}" for each in snapshots}))
     print(f"{len(snapshots)} snapshots of std {kept} at steps {', '.join(map(str, steps))}")
     place, step = request.out or request.run / FOLDER, request.step or steps[-1]
+    for std in request.stds:  # all that can be refused is refused before the first file is written
+        mixture_of(snapshots, std, step=request.step)
     written = []
     for std in track(request.stds, "averaging", transient=True):
         weights = reconstruct(snapshots, std, step=request.step)

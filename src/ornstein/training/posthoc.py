@@ -151,6 +151,23 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, *, step: int | None =
     """
     from safetensors.torch import load_file
 
+    used, mixed = mixture_of(snapshots, std, step=step)
+    total: dict[str, Tensor] = {}
+    kinds: dict[str, torch.dtype] = {}
+    for snapshot, weight in zip(used, mixed.weights.tolist(), strict=True):
+        for name, value in load_file(snapshot.path).items():
+            if name not in total:
+                total[name], kinds[name] = torch.zeros_like(value, dtype=torch.float64), value.dtype
+            total[name].add_(value, alpha=weight)
+    return {name: value.to(kinds[name]) for name, value in total.items()}
+
+
+def mixture_of(snapshots: Sequence[Snapshot], std: float, *, step: int | None = None) -> tuple[list[Snapshot], Mixture]:
+    """Which snapshots make the average of ``std`` at ``step``, and how; no weights are read.
+
+    Raises:
+        OrnsteinError: no snapshot at that step, or none that come near the length asked for.
+    """
     steps = sorted({each.step for each in snapshots})
     goal = steps[-1] if step is None else step
     if goal not in steps:
@@ -167,11 +184,4 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, *, step: int | None =
             f"std={std} cannot be made of {len(used)} snapshots of std={', '.join(sorted({str(u.std) for u in used}))} "
             f"(off by {mixed.residual:.0%}): choose a std nearer to these, or train with a smaller ema.snapshot_every."
         )
-    total: dict[str, Tensor] = {}
-    kinds: dict[str, torch.dtype] = {}
-    for snapshot, weight in zip(used, mixed.weights.tolist(), strict=True):
-        for name, value in load_file(snapshot.path).items():
-            if name not in total:
-                total[name], kinds[name] = torch.zeros_like(value, dtype=torch.float64), value.dtype
-            total[name].add_(value, alpha=weight)
-    return {name: value.to(kinds[name]) for name, value in total.items()}
+    return used, mixed
