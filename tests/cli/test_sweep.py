@@ -86,7 +86,19 @@ def test_the_results_lie_in_the_sweeps_folder(grid: Path, capsys: pytest.Capture
     assert "1,000 samples against 1438 train images in the digits feature space" in results["notes"][0]
     assert (grid / "pareto.png").stat().st_size > 10_000
     text = capsys.readouterr().out
-    assert text.count("failed: ") == 2 and "13 evaluations, 2 failed; results.csv, results.json, pareto.png in" in text
+    assert text.count("failed: ") == 2 and "13 evaluations, 2 failed" in text
+    assert "results.csv, results.json, pareto.png, report.html in" in text
+    page = (grid / "report.html").read_text()
+    start = page.index('id="data">') + len('id="data">')
+    data = json.loads(page[start : page.index("</script>", start)].replace("<\\/", "</"))
+    assert [run["name"] for run in data["runs"]] == [str(number) for number in range(13)] and data["main"] == "fid_1k"
+    assert [run["figures"].get("nfe") for run in data["runs"]] == [*range(5, 16), None, None]
+    assert {run["name"]: run["status"] for run in data["runs"][10:]} == {
+        "10": "unknown",
+        "11": "failed",
+        "12": "failed",
+    }
+    assert data["runs"][11]["reason"] == "sampler.steps=0: a sampler needs at least 1 step"
 
 
 def test_the_command_fails_where_a_job_did(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,14 +64,17 @@ def test_a_run_of_two_devices_goes_on(command, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "words"),
     [
-        ("parallel", ["hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "n_jobs: 3"]),
+        ("parallel", ["hydra_plugins.ornstein_local.launcher.ParallelLauncher", "n_jobs: 3"]),
+        ("local", ["hydra_plugins.ornstein_local.launcher.LocalLauncher", "n_jobs: 3"]),
+        ("ray", ["hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher", "max_retries: 0"]),
         ("slurm", ["hydra_plugins.ornstein_slurm.launcher.SlurmLauncher", "n_jobs: null", "max_num_timeout: 100"]),
     ],
 )
 def test_launchers_of_ours_compose(command, tmp_path, launcher, words):
-    number = (
-        "hydra.launcher.n_jobs=3" if launcher == "parallel" else "+hydra.launcher.additional_parameters.n_jobs=null"
-    )
+    number = {
+        "slurm": "+hydra.launcher.additional_parameters.n_jobs=null",
+        "ray": "hydra.launcher.ray.remote.num_cpus=2",
+    }.get(launcher, "hydra.launcher.n_jobs=3")
     shown = command("train.py", f"hydra/launcher={launcher}", number, "--cfg", "hydra", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert [word for word in words if word not in shown.stdout] == []

@@ -60,6 +60,9 @@ def test_figures_are_logged_beside_their_floor(digits_run, rows, tmp_path):
     picture = Image.open(tmp_path / "samples" / "nearest_training_images.png").convert("L")
     assert len(picture.getcolors()) > 20 and picture.height > 10 * 64
 
+    assert [(name, step) for name, step in logger.pictures if "best" in name] == [("samples/best_and_worst", 3)]
+    assert Image.open(tmp_path / "samples" / "best_and_worst.png").width > 8 * 72
+
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["num_samples"] == 60 and report["extractor"] == "digits" and report["label_protocol"] == "balanced"
     assert report["values"]["fid_60"] == last["val/fid_60"]
@@ -109,6 +112,7 @@ def test_captions_reach_the_clip_score(fit, make_module, make_data, tmp_path, mo
         clip = object()
         names_clip = named
         num_samples = 6
+        best_worst = 0
 
         def to(self, device):
             return self

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from ornstein.errors import OrnsteinError
-from ornstein.training.pictures import MAX_WIDTH, image_grid, near_square, readable_scale, save_gif, save_png, strip
+from ornstein.training.films import save_gif, save_mp4
+from ornstein.training.pictures import MAX_WIDTH, image_grid, near_square, readable_scale, save_png, strip
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (5, 3), (9, 3), (64, 8), (65, 9)])
@@ -112,3 +113,16 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
         save_png(Image.new("RGB", (4, 4)), path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_mp4_plays_its_frames(tmp_path):
+    av = pytest.importorskip("av")
+    frames = [Image.new("RGB", (65, 33), (level, 255 - level, 40)) for level in (0, 120, 250)]
+    path = save_mp4(frames, tmp_path / "deep" / "film.mp4", frame_ms=100, hold_ms=300)
+    with av.open(str(path)) as film:
+        found = [np.asarray(frame.to_image()) for frame in film.decode(video=0)]
+    assert len(found) == 5 and found[0].shape == (32, 64, 3), "the last of three is held, odd sides lose a row"
+    for frame, level in zip(found, (0, 120, 250, 250, 250), strict=True):
+        assert np.abs(frame[8:-8, 8:-8].astype(int) - (level, 255 - level, 40)).max() < 12  # H.264 is lossy
+    with pytest.raises(OrnsteinError, match="at least one frame"):
+        save_mp4([], tmp_path / "none.mp4")

@@ -114,7 +114,8 @@ def _written(module: DiffusionModule, cfg: DictConfig, ranks: Ranks) -> dict[str
         run.write_config(plain(cfg))
         run.write_json("environment.json", describe_environment(seed=int(cfg.seed)))
         started = time.perf_counter()
-        report = score(module, cfg, folder=run.path, keep=run.write_json, ranks=ranks, held=_held)
+        extremes: list[Any] = []
+        report = score(module, cfg, folder=run.path, keep=run.write_json, ranks=ranks, held=_held, tell=extremes.extend)
         # What held-out images took is told beside their figure: the rate is that of samples.
         seconds = time.perf_counter() - started - report.settings.get("likelihood", {}).get("seconds", 0.0)
         rate = {"samples_per_s": round(report.num_samples / report.sampling["seconds"], 2)}
@@ -127,7 +128,7 @@ def _written(module: DiffusionModule, cfg: DictConfig, ranks: Ranks) -> dict[str
     show(report.to_dict(), seconds)
     if doubt := too_few(report):
         print(f"warning: {doubt}", file=sys.stderr)
-    log_one(cfg, report.to_dict(), run.path)
+    log_one(cfg, report.to_dict(), run.path, extremes=extremes)
     print(f"written to {run.path}")
     return dict(report.values)
 

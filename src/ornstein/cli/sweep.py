@@ -84,7 +84,8 @@ def recorded(body: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
 
 def finish(folder: Path) -> list[str]:
-    """Collects a sweep: ``results.csv``, ``results.json``, ``pareto.png``, a printed table, and W&B where asked for.
+    """Collects a sweep: ``results.csv``, ``results.json``, ``pareto.png``, ``report.html``, a printed table, and W&B
+    where asked for.
 
     Returns:
         The numbers of the jobs that failed.
@@ -109,8 +110,20 @@ def finish(folder: Path) -> list[str]:
     pareto.show(cells)
     _log_sweep(config, folder, rows=rows, name=name, picture=picture)
     told = "results.csv, results.json" + (", pareto.png" if picture is not None else "")
+    told += ", report.html" if _write_report(folder, cells) else ""
     print(f"{len(cells)} evaluations, {len([c for c in cells if c.error])} failed; {told} in {folder}")
     return [str(cell.job) for cell in cells if cell.error is not None]
+
+
+def _write_report(folder: Path, cells: Sequence[Cell]) -> bool:
+    """The page of all cells; where none left any figures there is none."""
+    from ornstein.experiment.report.page import write_report
+
+    if all(cell.error for cell in cells):
+        return False
+    failed = [{"name": cell.folder, "status": "failed", "reason": cell.error} for cell in cells if cell.error]
+    write_report(folder, failures=failed)
+    return True
 
 
 def collect(folder: Path) -> list[Cell]:
@@ -127,17 +140,18 @@ def collect(folder: Path) -> list[Cell]:
     cells = []
     for number in sorted(jobs):
         place, words = jobs[number]
+        below = str(place.relative_to(folder))
         keys = {key: words[key] for key in asked if key in words}
         report, summary = read_json(place / "evaluation.json"), read_json(place / "summary.json")
         failed = read_json(place / FAILED)
         if failed or not report:
             reason = failed.get("error", "it left no figures: it was killed, or did not begin")
-            cells.append(Cell(number, keys, error=str(reason)))
+            cells.append(Cell(number, keys, error=str(reason), folder=below))
             continue
         figures = {name: float(value) for name, value in report["values"].items() if value is not None}
         nfe = report.get("sampling", {}).get("nfe")
         rate = summary.get("samples_per_s")
-        cells.append(Cell(number, keys, figures, nfe, rate, main_figure(figures), report))
+        cells.append(Cell(number, keys, figures, nfe, rate, main_figure(figures), report, folder=below))
     return cells
 
 
@@ -182,8 +196,12 @@ def check_logger(cfg: DictConfig) -> None:
         )
 
 
-def log_one(cfg: DictConfig, report: Mapping[str, Any], folder: Path) -> None:
-    """Logs a single evaluation where ``logger=wandb`` asks for it: figures, metric card and pictures."""
+def log_one(
+    cfg: DictConfig, report: Mapping[str, Any], folder: Path, *, extremes: Sequence[Sequence[Any]] = ()
+) -> None:
+    """Logs a single evaluation where ``logger=wandb`` asks for it: figures, metric card, pictures, and the table of
+    best and worst samples (rows of :func:`ornstein.training.extremes.extremes_rows`).
+    """
     from PIL import Image
 
     config = OmegaConf.to_container(cfg, resolve=True)
@@ -192,9 +210,13 @@ def log_one(cfg: DictConfig, report: Mapping[str, Any], folder: Path) -> None:
     if logger is None:
         return
     logger.log_metrics({name: value for name, value in report["values"].items() if value is not None})
-    for name in ("metric_card.png", "samples/nearest_training_images.png"):
+    for name in ("metric_card.png", "samples/nearest_training_images.png", "samples/best_and_worst.png"):
         if (folder / name).is_file():
             logger.log_image(Path(name).stem, [Image.open(folder / name)])
+    if extremes:
+        from ornstein.training.extremes import COLUMNS
+
+        logger.log_table("best_and_worst_table", columns=list(COLUMNS), data=[list(row) for row in extremes])
     logger.log_summary({**report["values"], **report["sampling"]})
     logger.close()
 
@@ -249,7 +271,9 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _typed(words: Any) -> dict[str, str]:
-    pairs = (str(word).lstrip("+~").partition("=") for word in words)
+    # As typed: an interpolation among them is not of this file.
+    typed: Any = OmegaConf.to_container(words, resolve=False) if OmegaConf.is_config(words) else words
+    pairs = (str(word).lstrip("+~").partition("=") for word in typed)
     return {key: value for key, _, value in pairs}
 
 

@@ -31,6 +31,7 @@ class Cell:
         main: name of its Fréchet distance, or None where there is none.
         report: ``evaluation.json``.
         error: why it failed, in a sentence; None where it did not.
+        folder: below the grid's.
     """
 
     job: int
@@ -41,6 +42,7 @@ class Cell:
     main: str | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    folder: str = ""
 
     @property
     def value(self) -> float:

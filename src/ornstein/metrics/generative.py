@@ -61,6 +61,8 @@ class GenerativeMetrics:
         bootstrap: resamples of each figure's 95 % interval; 0 takes none.
         keep_features: of how many images (generated, real) features are kept for KID, CMMD, precision, recall,
             density, coverage, intervals and FID-infinity: a uniform subset chosen by image number.
+        best_worst: how many of the most and of the least realistic samples to show, for whoever shows them (kept as an
+            attribute; :mod:`ornstein.metrics.realism`); 0 shows none.
         reference: a file of published statistics or images to compare with, for whoever sets the references (kept as
             ``published``; see :func:`ornstein.metrics.read_published`).
         clip: scores images against captions given to :meth:`update`: a score, or the folder or hub name of a CLIP,
@@ -95,6 +97,7 @@ class GenerativeMetrics:
         fid_infinity: bool = False,
         bootstrap: int = 200,
         keep_features: int = KEPT_FEATURES,
+        best_worst: int = 16,
         reference: str | Path | None = None,
         clip: "ClipScore | str | Path | None" = None,
         text_alignment: bool = False,
@@ -125,12 +128,13 @@ class GenerativeMetrics:
             num_samples=num_samples,
             inception_splits=inception_splits,
             keep_features=keep_features,
+            best_worst=best_worst,
             label_accuracy=label_accuracy,
             text_alignment=text_alignment,
             **vars(self.choice),
         )
         self.num_samples = features.default_samples if num_samples is None else num_samples
-        self.keep_features = keep_features
+        self.keep_features, self.best_worst = keep_features, best_worst
         self.published = None if reference is None else Path(reference).expanduser()
         self.clip = None if clip is None or isinstance(clip, str | Path) else clip
         self._clip_model = clip if isinstance(clip, str | Path) else None
@@ -209,8 +213,8 @@ class GenerativeMetrics:
         *,
         captions: Sequence[str] | None = None,
         index: Tensor | None = None,
-    ) -> None:
-        """Take in generated images.
+    ) -> Tensor:
+        """Take in generated images; returns their features in the main space, ``(B, D)``.
 
         Args:
             images: uint8 ``(B, 1 or 3, H, W)``.
@@ -228,12 +232,13 @@ class GenerativeMetrics:
         for number, space in enumerate(self.spaces):
             batch = space.accumulator.update(images, index)
             if number == 0:
-                logits = batch.logits
+                features, logits = batch.features, batch.logits
         if labels is not None and logits is not None and self._wants_accuracy:
             self._hits += (logits.argmax(dim=1) == labels.to(logits.device)).sum().cpu()
             self._judged += len(labels)
         if captions is not None:
             self._update_texts(images, captions)
+        return features
 
     @property
     def names_clip(self) -> bool:

@@ -28,6 +28,7 @@ def check_metric_numbers(
     density_neighbours: int = 1,
     keep_features: int = 2,
     bootstrap: int = 0,
+    best_worst: int = 0,
     **others: Any,
 ) -> None:
     """Checks the numbers and switches among the arguments of :class:`ornstein.metrics.GenerativeMetrics`.
@@ -60,6 +61,8 @@ def check_metric_numbers(
         raise OrnsteinError(
             f"metrics.bootstrap={bootstrap}: a 95 % interval needs 20 resamples at least; 0 is for none."
         )
+    if not _whole(best_worst) or best_worst < 0:
+        raise OrnsteinError(f"metrics.best_worst={best_worst} must be a whole number; 0 shows no samples.")
     for name in _SWITCHES & others.keys():
         if not isinstance(others[name], bool):
             raise OrnsteinError(f"metrics.{name}={others[name]} must be true or false.")

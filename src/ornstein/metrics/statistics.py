@@ -155,6 +155,15 @@ def gathered(value: Tensor) -> Tensor:
     return value.cpu() if together.alone else together.rows(value)
 
 
+def from_all(value: Found) -> list[Found]:
+    """What each process holds, in order of rank, on all of them (collective): for small things that are no tensors."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
 def from_first(compute: Callable[[], Found]) -> Found:
     """What ``compute`` gives on the first process, on all of them (collective): the others do not work it out.
 

@@ -129,6 +129,21 @@ def strip(rows: Sequence[Tensor], *, labels: Sequence[str] | None = None, scale:
     return image_grid(torch.cat(list(rows)), len(rows[0]), scale=scale, row_labels=labels)
 
 
+def beside(left: Image.Image, right: Image.Image, *, titles: tuple[str, str]) -> Image.Image:
+    """Two pictures of one height side by side, each with a title above it; what does not fit is left out."""
+    size = 12
+    font = ImageFont.load_default(size)
+    whole = Image.new("RGB", (left.width + 3 * _GAP + right.width, 2 * size + left.height), _BACKGROUND)
+    draw = ImageDraw.Draw(whole)
+    # Row labels, if any, stand at the left of the first: both titles begin where the tiles do.
+    for picture, at, title in ((left, 0, titles[0]), (right, left.width + 3 * _GAP, titles[1])):
+        whole.paste(picture, (at, 2 * size))
+        middle = at + picture.width - right.width / 2
+        if font.getlength(title) <= right.width:
+            draw.text((middle, size), title, fill=_INK, font=font, anchor="mm")
+    return whole
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """One uint8 image (1 or 3, H, W) as it is."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
@@ -137,38 +152,20 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
     """Writes a PNG, atomically; makes its folder."""
-    return _atomically(Path(path), lambda partial: image.save(partial, format="PNG"))
+    return write_whole(Path(path), lambda partial: image.save(partial, format="PNG"))
 
 
 def save_text(text: str, path: str | Path) -> Path:
     """Writes a text beside a picture, atomically; makes its folder."""
-    return _atomically(Path(path), lambda partial: _write_text(Path(partial), text))
+    return write_whole(Path(path), lambda partial: _write_text(Path(partial), text))
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def save_gif(frames: Sequence[Image.Image], path: str | Path, *, frame_ms: int = 120, hold_ms: int = 1500) -> Path:
-    """Writes an endless animation, atomically, whose last frame stays for ``hold_ms``.
-
-    Raises:
-        OrnsteinError: no frames.
-    """
-    if not frames:
-        raise OrnsteinError("an animation needs at least one frame.")
-    durations = [frame_ms] * (len(frames) - 1) + [hold_ms]
-    # One palette for all frames: each its own would make colours flicker and the file several times larger.
-    palette = frames[-1].quantize(255)
-    flat = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-
-    def write(partial: str) -> None:
-        flat[0].save(partial, format="GIF", save_all=True, append_images=flat[1:], duration=durations, loop=0)
-
-    return _atomically(Path(path), write)
-
-
-def _atomically(path: Path, write: Callable[[str], None]) -> Path:
+def write_whole(path: Path, write: Callable[[str], None]) -> Path:
+    """Lets ``write`` fill a file beside ``path`` that then takes its place; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".partial")
     os.close(handle)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ornstein.metrics.floor import RealFloor
     from ornstein.metrics.generative import GenerativeMetrics
+    from ornstein.metrics.realism import BestWorst
     from ornstein.metrics.statistics import Statistics
     from ornstein.training.generate import Generated
 
@@ -111,6 +112,7 @@ def draw_into(
     batch_size: int = 256,
     advance: Callable[[], None] | None = None,
     take: Callable[[Generated], None] | None = None,
+    judge: BestWorst | None = None,
 ) -> Drawn:
     """Draws samples number ``indices`` and feeds them to ``metrics``, batch by batch.
 
@@ -131,6 +133,7 @@ def draw_into(
         batch_size: samples at once.
         advance: called after each step of each batch.
         take: called with each batch, to keep it.
+        judge: is given each sample with its features in the main space.
     """
     from ornstein.metrics.paired import PairedScore
 
@@ -160,7 +163,9 @@ def draw_into(
         texts = batch.captions
         if texts is None and captions is not None and metrics.names_clip:
             texts = [captions(index) for index in batch.index.tolist()]
-        metrics.update(batch.images, batch.labels, captions=texts, index=batch.index)
+        features = metrics.update(batch.images, batch.labels, captions=texts, index=batch.index)
+        if judge is not None:
+            judge.add(features, batch.images, index=batch.index, labels=batch.labels)
         if batch.originals is not None:
             paired.update(batch.images, batch.originals)
         if take is not None:

@@ -17,7 +17,8 @@ from ornstein.experiment.metrics_file import read_metrics
 from ornstein.experiment.run_dir import RunDirectory, read_config
 
 Scalar = str | float | int | bool | None
-_PICTURE = re.compile(r"(?P<kind>.*?)_?(?P<step>\d{3,})\.(png|gif)")
+_PICTURE = re.compile(r"(?P<kind>.*?)_?(?P<step>\d{3,})")
+STILLS, FILMS = (".png",), (".gif", ".mp4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def find_runs(root: str | Path) -> list[Path]:
     place = Path(root).expanduser()
     if not place.is_dir():
         raise OrnsteinError(f"{place} is no folder: name a run's folder, or one that holds several.")
-    found = sorted(_folders(place), key=lambda folder: _natural(str(folder)))
+    found = sorted(_folders(place), key=lambda folder: natural(str(folder)))
     if not found:
         raise OrnsteinError(f"{place} holds no run (no config.yaml below it): name a folder that training wrote.")
     return found
@@ -77,7 +78,8 @@ def _folders(place: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sorts names as a person would: 2 before 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
@@ -106,6 +108,16 @@ def read_run(folder: Path, *, root: Path) -> RunRecord:
         curves=_columns(rows),
         pictures=tuple(_pictures(folder)),
     )
+
+
+def read_failed(folder: Path, *, name: str, status: str, reason: str) -> RunRecord:
+    """A job of a sweep that failed before it left a config: what it was asked for, and why it failed."""
+    try:
+        asked = _asked(folder / ".hydra" / "overrides.yaml")
+    except (OSError, yaml.YAMLError):
+        asked = {}
+    nothing: dict[str, Any] = {"config": {}, "figures": {}, "curves": {}, "pictures": ()}
+    return RunRecord(name=name, folder=folder, status=status, reason=reason, asked=asked, **nothing)
 
 
 def flat(config: Mapping[str, Any], *, prefix: str = "") -> dict[str, Scalar]:
@@ -175,12 +187,9 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]
 
 def _pictures(folder: Path) -> Iterator[Picture]:
     for path in [*sorted((folder / "samples").glob("*")), folder / "schedule.png"]:
-        if path.suffix not in (".png", ".gif") or not path.is_file():
+        if path.suffix not in (*STILLS, *FILMS) or not path.is_file():
             continue
-        parts = _PICTURE.fullmatch(path.name)
-        if parts is None:
-            yield Picture(kind=path.stem, step=None, path=path)
-        else:
-            yield Picture(
-                kind=parts["kind"] + (" (film)" if path.suffix == ".gif" else ""), step=int(parts["step"]), path=path
-            )
+        parts = _PICTURE.fullmatch(path.stem)
+        kind = path.stem if parts is None else parts["kind"]
+        film = " (film)" if path.suffix in FILMS else ""
+        yield Picture(kind=kind + film, step=None if parts is None else int(parts["step"]), path=path)

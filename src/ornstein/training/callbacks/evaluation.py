@@ -14,14 +14,18 @@ from ornstein.training import scoring
 from ornstein.training.callbacks.lookup import callbacks_of, data_of
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
-from ornstein.training.callbacks.show import show_image
+from ornstein.training.callbacks.show import show_image, show_table
+from ornstein.training.callbacks.unwritten import pictures_may_fail
+from ornstein.training.extremes import COLUMNS, FILE, draw_extremes, extremes_rows, judge_of
 from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
+from ornstein.training.pictures import save_png
 from ornstein.training.record import record
 
 if TYPE_CHECKING:
     from ornstein.metrics.floor import RealFloor
     from ornstein.metrics.generative import GenerativeMetrics
+    from ornstein.metrics.realism import Extremes
     from ornstein.metrics.report import MetricReport
 
 log = logging.getLogger(__name__)
@@ -36,9 +40,10 @@ class GenerativeEvaluation(Periodic):
     ``val/fid_1k``. Beside them: ``val/fid_floor``, what as many real images would score, and
     ``val/real_inception_score``. At the end also 95 % intervals (``val/fid_low``, ``val/fid_high``, ...),
     ``val/memorised_share``, the share of samples nearer to a training image than the held-out images' 5th percentile
-    (0.05 by chance), and ``samples/nearest_training_images.png``. ``evaluation.json`` keeps the newest figures with all
-    that decides them. Over several devices each draws its share, and the figures are those of one. Feature weights
-    that are not at hand are told of in one line, and training goes on.
+    (0.05 by chance), ``samples/nearest_training_images.png``, and ``samples/best_and_worst.png`` with the most and the
+    least realistic samples (``metrics.best_worst``), in W&B a table of them. ``evaluation.json`` keeps the newest
+    figures with all that decides them. Over several devices each draws its share, and the figures are those of one.
+    Feature weights that are not at hand are told of in one line, and training goes on.
 
     Args:
         run_dir: the run's folder.
@@ -68,7 +73,7 @@ class GenerativeEvaluation(Periodic):
         check_limits("GenerativeEvaluation", every=every, num_samples=num_samples, batch_size=batch_size)
         super().__init__(every=every, at_end=at_end)
         self.path = Path(run_dir) / "evaluation.json"
-        self.picture = Path(run_dir) / "samples" / "nearest_training_images.png"
+        self.folder = Path(run_dir) / "samples"
         self.num_samples, self.seed, self.batch_size = num_samples, seed, batch_size
         self._factory = metrics if num_samples != 0 else None
         self._metrics: GenerativeMetrics | None = None
@@ -87,6 +92,9 @@ class GenerativeEvaluation(Periodic):
         indices = range(trainer.global_rank, count, trainer.world_size)
         batches = -(-len(indices) // self.batch_size)
         metrics.reset()
+        # Resampling takes time, and distances to training images another pass of features: both at the end alone.
+        ending = trainer.global_step == trainer.max_steps or trainer.should_stop
+        judge = judge_of(metrics, data.train, batch_size=self.batch_size) if ending else None
         started = time.perf_counter()
         with progress_task(trainer, "evaluation", batches * module.sampler.steps) as advance:
             drawn = scoring.draw_into(
@@ -97,14 +105,15 @@ class GenerativeEvaluation(Periodic):
                 seed=self.seed,
                 batch_size=self.batch_size,
                 advance=advance,
+                judge=judge,
             )
         samples_per_s = count / (time.perf_counter() - started)
-        # Resampling takes time, and distances to training images another pass of features: both at the end alone.
-        ending = trainer.global_step == trainer.max_steps or trainer.should_stop
         with progress_task(trainer, "scoring", metrics.ticks(intervals=ending) or None) as advance:
             values = metrics.compute(intervals=ending, advance=advance) | dict(drawn.paired)
             figures = values | scoring.figures_beside(metrics, self._floor, values, count, further=self._further)
             nearness = self._nearness(trainer, metrics, drawn) if ending else None
+            if judge is not None:
+                self._show_extremes(trainer, judge.extremes())
             if nearness is not None:
                 figures["memorised_share"] = float(nearness["share"])
             report = self._report(trainer, module, metrics, values, nearness, nfe=drawn.nfe)
@@ -128,12 +137,25 @@ class GenerativeEvaluation(Periodic):
         def look() -> dict[str, float | int | str]:
             found = scoring.memorisation(metrics, samples.images, held_out=data.val, **options)
             picture = scoring.draw_neighbours(metrics, samples.images, **options)
-            self.picture.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(self.picture, format="PNG")
+            with pictures_may_fail(self):
+                save_png(picture, self.folder / "nearest_training_images.png")
             show_image(trainer, "samples/nearest_training_images", picture)
             return found
 
         return from_first(look)
+
+    def _show_extremes(self, trainer: pl.Trainer, extremes: Extremes) -> None:
+        """The most and the least realistic samples, as a picture and as a table; on the first rank."""
+        if not trainer.is_global_zero:
+            return
+        data = data_of(trainer)
+        options = {"training": data.train, "class_names": getattr(data, "class_names", None) or ()}
+        picture = draw_extremes(extremes, **options)
+        with pictures_may_fail(self):
+            save_png(picture, self.folder / FILE)
+        show_image(trainer, "samples/best_and_worst", picture)
+        rows = extremes_rows(extremes, **options)
+        show_table(trainer, "samples/best_and_worst_table", columns=COLUMNS, rows=rows)
 
     def _count(self, metrics: GenerativeMetrics | None) -> int:
         if metrics is None:

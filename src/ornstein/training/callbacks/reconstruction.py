@@ -77,6 +77,8 @@ class ReconstructionGrid(Periodic):
         OrnsteinError: a number < 1.
     """
 
+    pictures = True
+
     def __init__(
         self, run_dir: str | Path, *, every: int | None = 500, num_images: int = 32, at_end: bool = True
     ) -> None:

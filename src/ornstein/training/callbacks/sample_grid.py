@@ -48,6 +48,8 @@ class SampleGrid(Periodic):
         OrnsteinError: a number < 1.
     """
 
+    pictures = True
+
     def __init__(
         self,
         run_dir: str | Path,

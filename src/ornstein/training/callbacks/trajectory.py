@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ornstein.diffusion.samplers.base import State
@@ -15,19 +17,20 @@ from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.progress import progress_task
 from ornstein.training.callbacks.sample_grid import GridLayout, grid_layout
 from ornstein.training.callbacks.show import show_animation, show_image
+from ornstein.training.films import save_gif, save_mp4
 from ornstein.training.generate import to_uint8
 from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
-from ornstein.training.pictures import image_grid, readable_scale, save_gif, save_png, strip
+from ornstein.training.pictures import beside, image_grid, readable_scale, save_png, strip
 from ornstein.training.shapes import shown_shapes
 
 
 class Trajectory(Periodic):
-    """Draws ``samples/trajectory_000400.png`` and ``.gif`` with the evaluation weights.
+    """Draws ``samples/trajectory_000400.png`` and ``.gif`` or ``.mp4`` with the evaluation weights.
 
     The strip shows, for a few samples, the noisy state (upper row, brought to the data's scale where noise
     exceeds it) and what the model then takes the clean image to be (lower row), from pure noise at the left
-    to data at the right. The film shows all samples' noisy states as a grid. Latents are decoded.
+    to data at the right. The film shows the same of all samples as two grids side by side. Latents are decoded.
 
     Args:
         run_dir: the run's folder.
@@ -38,12 +41,15 @@ class Trajectory(Periodic):
         strip_samples: in the strip, evenly spaced over those of the film.
         strip_steps: columns of the strip, at most.
         frames: of the film, at most.
+        film: gif, or mp4 with the package av.
         seed: of the samples' noise.
         at_end: also at the end of training.
 
     Raises:
-        OrnsteinError: numbers that are too small.
+        OrnsteinError: numbers that are too small, another film, or mp4 without its package.
     """
+
+    pictures = True
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class Trajectory(Periodic):
         strip_samples: int = 4,
         strip_steps: int = 10,
         frames: int = 30,
+        film: str = "gif",
         seed: int = 0,
         at_end: bool = True,
     ) -> None:
@@ -68,12 +75,13 @@ class Trajectory(Periodic):
             strip_samples=strip_samples,
             strip_steps=strip_steps,
             frames=frames,
+            film=film,
         )
         super().__init__(every=every, at_end=at_end)
         self.folder = Path(run_dir) / "samples"
         self.samples_per_class, self.max_classes = samples_per_class, max_classes
         self.num_samples, self.strip_samples = num_samples, strip_samples
-        self.strip_steps, self.frames = strip_steps, frames
+        self.strip_steps, self.frames, self.film = strip_steps, frames, film
         self.seed = seed
 
     def act(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
@@ -86,21 +94,23 @@ class Trajectory(Periodic):
         count, steps = len(layout.indices), module.sampler.steps
         few = [place * count // self.strip_samples for place in range(min(self.strip_samples, count))]
         film_steps, strip_steps = spread(steps, self.frames), spread(steps, self.strip_steps)
-        film: list[Tensor] = []
+        film: list[tuple[Tensor, Tensor | None]] = []
         noisy: list[Tensor] = []
         clean: list[Tensor] = []
 
         def watch(step: int, state: State) -> None:
             advance()
-            if step == 0:
-                film.append(_pixels(module, state.noise(0) * state.grid[0].sigma, state.grid[0]))
+            # The prediction belongs to where the step began; its own x_t is what it was made from.
+            prediction = state.prediction
+            if prediction is None:  # a sampler that does not tell what it thinks: its states alone
+                if step in film_steps:
+                    film.append((_pixels(module, state.x, state.grid[step + 1]), None))
+                return
             if step in film_steps:
-                film.append(_pixels(module, state.x, state.grid[step + 1]))
-            if step in strip_steps and state.prediction is not None:
-                # The prediction belongs to where the step began; its own x_t is what it was made from.
-                prediction = state.prediction
+                film.append((_pixels(module, prediction.x_t, prediction.level), _decoded(module, prediction.x0)))
+            if step in strip_steps:
                 noisy.append(_pixels(module, prediction.x_t[few], prediction.level))
-                clean.append(to_uint8(module.codec.decode(prediction.x0[few])).cpu())
+                clean.append(_decoded(module, prediction.x0[few]))
 
         with progress_task(trainer, "trajectory", steps) as advance:
             shapes = shown_shapes(module, data_of(trainer), 1)
@@ -109,12 +119,13 @@ class Trajectory(Periodic):
             final = drawn[0].images.cpu()
             noisy.append(final[few])
             clean.append(final[few])
+            film.append((final, None if film and film[-1][1] is None else final))
             self._draw(trainer, film, noisy, clean, layout=layout)
 
     def _draw(
         self,
         trainer: pl.Trainer,
-        film: list[Tensor],
+        film: list[tuple[Tensor, Tensor | None]],
         noisy: list[Tensor],
         clean: list[Tensor],
         *,
@@ -127,15 +138,35 @@ class Trajectory(Periodic):
         picture = strip(rows, labels=["x_t", "x0"] * len(noisy[0]))
         save_png(picture, self.folder / f"{name}.png")
         show_image(trainer, "trajectory", picture)
-        # Half the size of a still: noise does not compress.
-        scale = max(1, readable_scale(film[0].shape[-1], layout.columns) // 2)
-        frames = [image_grid(images, layout.columns, scale=scale, row_labels=layout.row_labels) for images in film]
-        show_animation(trainer, "denoising", save_gif(frames, self.folder / f"{name}.gif"))
+        frames = film_frames(film, layout)
+        save = save_gif if self.film == "gif" else save_mp4
+        show_animation(trainer, "denoising", save(frames, self.folder / f"{name}.{self.film}"))
+
+
+def film_frames(film: Sequence[tuple[Tensor, Tensor | None]], layout: GridLayout) -> list[Image.Image]:
+    """Frames of pairs of uint8 images (N, C, H, W): the noisy grid at the left, the predicted one, if any, at the
+    right.
+    """
+    # Half the size of a still: noise does not compress.
+    scale = max(1, readable_scale(film[0][0].shape[-1], layout.columns) // 2)
+    frames = []
+    for noisy, clean in film:
+        left = image_grid(noisy, layout.columns, scale=scale, row_labels=layout.row_labels)
+        if clean is None:
+            frames.append(left)
+            continue
+        right = image_grid(clean, layout.columns, scale=scale)
+        frames.append(beside(left, right, titles=("x_t", "x0")))
+    return frames
 
 
 def spread(steps: int, count: int) -> set[int]:
     """About ``count`` of the steps 0 .. steps - 1, evenly spaced, the first and the last among them."""
     return {round(value) for value in torch.linspace(0, steps - 1, min(count, steps)).tolist()}
+
+
+def _decoded(module: DiffusionModule, x0: Tensor) -> Tensor:
+    return to_uint8(module.codec.decode(x0)).cpu()
 
 
 def _pixels(module: DiffusionModule, x: Tensor, level: Level) -> Tensor:
