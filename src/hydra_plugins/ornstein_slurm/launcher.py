@@ -11,12 +11,9 @@ import logging
 import subprocess
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import open_dict
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as _Submitit
@@ -92,35 +89,20 @@ if _Submitit is not None:
             """Submits the jobs, waits for all of them, and tells in its folder why one left no result."""
             from submitit.slurm import slurm
 
+            from ornstein.cli.lost import folder_of, tell_lost
+
             # An executor makes its jobs of this class by both names, the second for arrays.
             own, theirs = _job_class(), slurm.SlurmJob
             slurm.SlurmExecutor.job_class = slurm.SlurmJob = own  # type: ignore[misc]
             try:
-                returns = super().launch(job_overrides, initial_job_idx)
+                returns = list(super().launch(job_overrides, initial_job_idx))
             finally:
                 slurm.SlurmExecutor.job_class = slurm.SlurmJob = theirs  # type: ignore[misc]
             for place, found in enumerate(returns):
                 if found.status == JobStatus.UNKNOWN:
-                    self._tell(found, list(job_overrides[place]), initial_job_idx + place)
+                    folder = folder_of(self, job_overrides[place], initial_job_idx + place)
+                    returns[place] = tell_lost(folder, found._return_value)
             return returns
-
-        def _tell(self, lost: JobReturn, overrides: list[str], number: int) -> None:
-            """Writes the reason where a failed job's is looked for, and lets the sweep go on."""
-            from ornstein.cli.sweep import FAILED
-            from ornstein.experiment.atomic import write_json
-
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-            with open_dict(config.hydra.job):
-                config.hydra.job.num = number
-                config.hydra.job.id = str(number)
-            hydra_config, before = HydraConfig.instance(), HydraConfig.instance().cfg
-            try:
-                hydra_config.set_config(config)  # subdir asks it for the job's number
-                folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
-            finally:
-                hydra_config.cfg = before
-            write_json(folder / FAILED, {"error": lost._return_value})
-            lost.return_value, lost.status = None, JobStatus.COMPLETED
 
 
 def _job_class() -> Any:

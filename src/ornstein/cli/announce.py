@@ -22,6 +22,8 @@ def announce(
 
     from ornstein.cli.autoencoder import describe_autoencoder, trains_autoencoder
     from ornstein.cli.start import describe_start
+    from ornstein.training.callbacks import Throughput
+    from ornstein.training.callbacks.lookup import callbacks_of
     from ornstein.training.conditions import prepare_conditions
     from ornstein.training.estimate import measure_cost
     from ornstein.training.latents import prepare_latents
@@ -38,6 +40,8 @@ def announce(
         module.to(device)
         batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     cost = measure_cost(module, batch)
+    for clock in callbacks_of(trainer, Throughput):
+        clock.forward_flops = cost.flops
     accumulate = trainer.accumulate_grad_batches
     effective = data.batch_size * accumulate * trainer.world_size
     steps = trainer.max_steps
@@ -169,10 +173,14 @@ def interrupted(run: Any) -> None:
 
 
 def _print(rows: dict[str, str]) -> None:
-    """A line a row, never cropped: a terminal wraps it, a file keeps it."""
+    """A line a row, never cropped: a terminal wraps it, a file keeps it. Of several processes one speaks."""
     from rich.console import Console
     from rich.text import Text
 
+    from ornstein.experiment.lock import is_writer
+
+    if not is_writer():
+        return
     for name, text in rows.items():
         Console(soft_wrap=True).print(Text.assemble((f"{name:<11}", "bold"), text), soft_wrap=True)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ornstein.errors import OrnsteinError
 from ornstein.training.module import DiffusionModule
+from ornstein.training.sharding import gathered
 
 FOLDER = "adapter"
 _PREFIX = "base_model.model."  # what peft puts before every name in its files
@@ -139,8 +140,10 @@ class AdapterFiles(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Writes the folder; on rank zero alone."""
-        if trainer.is_global_zero and isinstance(pl_module, DiffusionModule):
-            save_adapter(pl_module.evaluation_network(), self.folder)
+        if isinstance(pl_module, DiffusionModule):
+            with gathered(pl_module.evaluation_network()):
+                if trainer.is_global_zero:
+                    save_adapter(pl_module.evaluation_network(), self.folder)
 
 
 def save_adapter(network: nn.Module, folder: str | Path) -> None:

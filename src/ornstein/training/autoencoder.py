@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
 from ornstein.codecs import Autoencoder
-from ornstein.diffusion.noise import derive_seed
 from ornstein.training.autoencoder_losses import (
     AutoencoderLoss,
     adaptive_weight,
@@ -108,7 +107,7 @@ class AutoencoderModule(TrainingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch of images; see the BATCH contract in ``ornstein.data``."""
         generator = self._generator("train", self.micro_batches_seen)
-        torch.manual_seed(derive_seed(self.seed, "dropout", self.micro_batches_seen, self.global_rank))
+        self._seed_dropout()
         x = _images(batch)
         if self.flip:
             flip = torch.rand(x.shape[0], 1, 1, 1, generator=generator, device=x.device) < 0.5
@@ -194,12 +193,17 @@ class AutoencoderModule(TrainingModule):
         if self.discriminator is None:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        if not gradient_clip_val:
-            return
-        by_value = GradClipAlgorithmType(gradient_clip_algorithm or "norm") == GradClipAlgorithmType.VALUE
-        clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
-        for group in optimizer.param_groups:
-            clip(group["params"], float(gradient_clip_val))
+        norm: Tensor | None = None
+        if gradient_clip_val:
+            by_value = GradClipAlgorithmType(gradient_clip_algorithm or "norm") == GradClipAlgorithmType.VALUE
+            limit, groups = float(gradient_clip_val), [group["params"] for group in optimizer.param_groups]
+            if by_value:
+                for group in groups:
+                    nn.utils.clip_grad_value_(group, limit)
+            else:
+                norm = torch.stack([nn.utils.clip_grad_norm_(group, limit) for group in groups]).norm()
+        if self.watch_gradients is not None:
+            self.watch_gradients(norm)
 
 
 def _images(batch: dict[str, Any]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ornstein.diffusion.noise import derive_seed
 from ornstein.errors import OrnsteinError
+from ornstein.training.sharding import ShardedStrategy
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 LRScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -65,6 +66,8 @@ class TrainingModule(pl.LightningModule, ABC):
         self.micro_batches_seen = 0
         self.images_seen = 0
         self.last_output = None
+        # Told the gradients' norm before each optimizer step, or None where clipping has not taken it.
+        self.watch_gradients: Callable[[Tensor | None], None] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         # Kept out of the module's registry: averages are neither trained nor saved as the model's own weights.
         self.__dict__["averaged_network"] = None
@@ -86,6 +89,19 @@ class TrainingModule(pl.LightningModule, ABC):
         if self.device not in self._generators:
             self._generators[self.device] = torch.Generator(self.device)
         return self._generators[self.device].manual_seed(derive_seed(self.seed, purpose, count, self.global_rank))
+
+    def _seed_dropout(self) -> None:
+        """Seeds the global generator that dropout draws from, for the micro-batch that begins.
+
+        Of this device alone: `torch.manual_seed` reseeds every kind of device there may be, and for each kind that has
+        not been used yet keeps the call with its stack of Python frames, at a millisecond a step.
+        """
+        seed = derive_seed(self.seed, "dropout", self.micro_batches_seen, self.global_rank)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif self.device.type != "cpu":
+            torch.manual_seed(seed)
 
     def _world_size(self) -> int:
         return self.trainer.world_size if self._trainer is not None else 1
@@ -117,14 +133,30 @@ class TrainingModule(pl.LightningModule, ABC):
         Its refusal is meant for a gradient scaler, which a fused optimizer undoes within its step, after the clipping;
         bf16 has none, so there the gradients are what they seem.
         """
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val is not None:
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
-            return
-        self.clip_gradients(
-            optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
-        )
+        norm = self._clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self.watch_gradients is not None:
+            self.watch_gradients(norm)
+
+    def _clip(
+        self, optimizer: torch.optim.Optimizer, limit: float | int | None, algorithm: str | None
+    ) -> Tensor | None:
+        """The gradients' norm before clipping, where that had to be taken."""
+        plugin, strategy = self.trainer.precision_plugin, self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            if limit is not None:
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                strategy.clip_gradients(parameters, limit, by=str(algorithm or "norm"))
+            return None
+        mixed = isinstance(plugin, MixedPrecision) and plugin.scaler is None
+        by = GradClipAlgorithmType(algorithm or "norm")
+        if limit and limit > 0 and by == GradClipAlgorithmType.NORM and (mixed or type(plugin) is Precision):
+            # What the plugin does, which keeps the norm to itself.
+            return torch.nn.utils.clip_grad_norm_(list(plugin.main_params(optimizer)), limit)
+        if mixed and limit is not None:
+            Precision.clip_gradients(plugin, optimizer, limit, by)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
+        return None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what training needs beside weights: counters and the run's config, in plain JSON types."""

@@ -14,6 +14,7 @@ from ornstein.errors import OrnsteinError
 from ornstein.training.base import TrainingModule
 from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
+from ornstein.training.sharding import local
 
 
 class EMA(pl.Callback):
@@ -43,10 +44,16 @@ class EMA(pl.Callback):
         self._averaged: list[Tensor] = []
         self._current: list[Tensor] = []
         self._names: list[str] = []
+        # What each of the averaged is the local part of, where devices have shards; the same tensors elsewhere.
+        self._placed: list[Tensor] = []
 
     def current_decay(self) -> float:
         """The rate that the next update uses."""
         return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+
+    def facts(self) -> dict[str, Any]:
+        """What a file of the averages says of them in its header."""
+        return {"decay": self.decay, "updates": self.updates}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Copies what is averaged before any checkpoint is loaded into the copies."""
@@ -66,14 +73,15 @@ class EMA(pl.Callback):
         copies: list[tuple[str, nn.Module, nn.Module]] = [("network", self.network, pl_module.network)]
         if self.schedule is not None and isinstance(pl_module, DiffusionModule):
             copies.append(("schedule", self.schedule, pl_module.schedule))
-        self._averaged, self._current, self._names = [], [], []
+        self._averaged, self._current, self._names, self._placed = [], [], [], []
         for part, average, trained in copies:
             average.to(pl_module.device)
             for (name, own), (_, current) in zip(_tensors(average), _tensors(trained), strict=True):
                 if own.is_floating_point():
                     self._names.append(f"{part}.{name}")
-                    self._averaged.append(own)
-                    self._current.append(current.detach())
+                    self._placed.append(own.detach())
+                    self._averaged.append(local(own.detach()))
+                    self._current.append(local(current.detach()))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes up the count where a checkpoint left it, which ``on_fit_start`` does not know yet."""

@@ -12,7 +12,6 @@ from ornstein.codecs import Codec
 from ornstein.conditioning import Conditioner
 from ornstein.diffusion.denoiser import Denoiser
 from ornstein.diffusion.guidance import Guidance, NoGuidance
-from ornstein.diffusion.noise import derive_seed
 from ornstein.diffusion.objectives import LossOutput, Objective, TrainingNoise
 from ornstein.diffusion.samplers import Sampler
 from ornstein.diffusion.samplers.base import State
@@ -124,8 +123,7 @@ class DiffusionModule(TrainingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch; see the BATCH contract in ``ornstein.data``."""
         generator = self._generator("train", self.micro_batches_seen)
-        # Dropout draws from the global generator.
-        torch.manual_seed(derive_seed(self.seed, "dropout", self.micro_batches_seen, self.global_rank))
+        self._seed_dropout()
         output = self._loss(batch, generator, self.denoiser(), augment=self.flip)
         self.last_output = output
         self.micro_batches_seen += 1

@@ -18,6 +18,7 @@ from ornstein.training.ema import EMA
 from ornstein.training.limits import check_limits
 from ornstein.training.posthoc import FOLDER, gamma_of, power_decay, snapshot_name
 from ornstein.training.record import due
+from ornstein.training.sharding import as_shard, local, shared_out, whole
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,10 @@ class PowerEMA(EMA):
         """The rate that the next update of the first average uses."""
         return power_decay(self.updates + 1, self.gammas[0])
 
+    def facts(self) -> dict[str, Any]:
+        """What a file of the averages says of them in its header: the length in place of a decay."""
+        return {"std": self.stds[0], "updates": self.updates}
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the averages to the device and pairs each with its weight, once."""
         super().on_fit_start(trainer, pl_module)
@@ -98,11 +103,14 @@ class PowerEMA(EMA):
 
     def _snapshot(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._last_written = trainer.global_step
-        if not trainer.is_global_zero or not self.updates:
+        if not self.updates:
             return
         for std, tensors in zip(self.stds, [self._averaged, *self._longer], strict=True):
+            averages = whole(self._as_shards(tensors))  # by all ranks
+            if not trainer.is_global_zero:
+                continue
             facts = {"step": trainer.global_step, "updates": self.updates, "std": std}
-            state = {name: value.cpu() for name, value in zip(self._names, tensors, strict=True)}
+            state = {name: value.cpu() for name, value in zip(self._names, averages, strict=True)}
             path = self.folder / snapshot_name(trainer.global_step, std)
             try:
                 write_snapshot(state, path, facts=facts)
@@ -111,7 +119,13 @@ class PowerEMA(EMA):
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and their counter."""
-        return super().state_dict() | {"longer": [list(tensors) for tensors in self._longer], "stds": list(self.stds)}
+        return super().state_dict() | {
+            "longer": [self._as_shards(tensors) for tensors in self._longer],
+            "stds": list(self.stds),
+        }
+
+    def _as_shards(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [as_shard(tensor, like) for tensor, like in zip(tensors, self._placed, strict=True)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes averages and counter back.
@@ -131,8 +145,8 @@ class PowerEMA(EMA):
 
     def _fill(self, stored: list[list[Tensor]]) -> None:
         for own, values in zip(self._longer, stored, strict=True):
-            for value, kept in zip(own, values, strict=True):
-                value.copy_(kept)
+            for value, kept, like in zip(own, values, self._placed, strict=True):
+                value.copy_(local(shared_out(kept, like)))
         self._loaded = None
 
 

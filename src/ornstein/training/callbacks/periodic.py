@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 
 from ornstein.errors import OrnsteinError
 from ornstein.training.base import TrainingModule
+from ornstein.training.callbacks.unwritten import pictures_may_fail
 from ornstein.training.record import due
+from ornstein.training.sharding import gathered
 
 
 class Periodic(pl.Callback):
@@ -26,6 +29,8 @@ class Periodic(pl.Callback):
     Raises:
         OrnsteinError: every < 1.
     """
+
+    pictures: ClassVar[bool] = False  # whether it writes nothing but pictures, which a run can do without
 
     def __init__(self, *, every: int | None, at_end: bool) -> None:
         if every is not None and every < 1:
@@ -63,4 +68,7 @@ class Periodic(pl.Callback):
         if self._acted != trainer.global_step:
             self._acted = trainer.global_step
             assert isinstance(pl_module, TrainingModule)
-            self.act(trainer, pl_module)
+            # Whoever draws does it alone, or more often than others: no shards then.
+            may_fail = pictures_may_fail(self) if self.pictures else nullcontext()
+            with gathered(pl_module.evaluation_network()), may_fail:
+                self.act(trainer, pl_module)
