@@ -30,7 +30,7 @@ class Figures(pl.Callback):
 
 def steps_in(folder):
     """File name -> optimizer step of the state in it."""
-    return {path.name: torch.load(path, weights_only=True)["global_step"] for path in sorted(folder.iterdir())}
+    return {path.name: torch.load(path, weights_only=True)["global_step"] for path in sorted(folder.glob("*.ckpt"))}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_two_processes_agree_and_one_writes(tmp_path):
     assert {name: figures[name] for name in alone} == pytest.approx(alone, rel=1e-4)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if "best" not in path.name) == [
         "last.ckpt",
+        "last.ema.safetensors",
         "step_000002.ckpt",
         "step_000004.ckpt",
         "step_000006.ckpt",

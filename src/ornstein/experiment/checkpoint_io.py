@@ -43,10 +43,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         plain = to_plain(checkpoint)
         try:
             replace_file(path, lambda file: torch.save(plain, file))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's own name for a write that failed is RuntimeError
+            reason = _refused(error)
+            if reason is None:
+                raise
+            good = newest_whole_checkpoint(Path(path).parent)
+            kept = f"the last good checkpoint is {good}" if good is not None else "no checkpoint had been written yet"
             raise OrnsteinError(
-                f"checkpoint {path} could not be written ({error.strerror or error}): make room or choose "
-                "another folder; the checkpoints already there are untouched"
+                f"checkpoint {path} could not be written ({reason}): make room or choose another folder; {kept}"
             ) from error
 
     def load_checkpoint(
@@ -85,6 +89,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path} holds a {type(loaded).__name__}, not a checkpoint: name a file of checkpoints/"
             )
         return loaded
+
+
+def _refused(error: BaseException | None) -> str | None:
+    """What the file system said, of an error or what lies behind it; None where it was not asked."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _damaged(path: Path) -> OrnsteinError:

@@ -7,7 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger
 
+from ornstein.errors import OrnsteinError
 from ornstein.experiment.csv_log import CSVLogger
+from ornstein.experiment.run_dir import newest_whole_checkpoint
 from ornstein.experiment.wandb_log import RunWandbLogger
 
 _KEY = "ornstein_logs"
@@ -18,7 +20,7 @@ class ResumableLogs(pl.Callback):
 
     Lightning saves a step's checkpoint before it logs that step's row: killed in between, the row would be
     lost, as the resumed run begins with the next step. So when a checkpoint is made, the row goes to
-    ``metrics.csv`` first, and at the start of a resumed fit the rows of later steps are cut away. The
+    ``metrics.csv`` first, and at the start of a resumed fit the rows of later steps are cut away, W&B's too. The
     checkpoint also keeps the seconds of training so far. Put this into the trainer's callbacks of every
     run.
     """
@@ -38,8 +40,15 @@ class ResumableLogs(pl.Callback):
     ) -> None:
         """Write the step's row to the disk, and the time into ``checkpoint``."""
         for logger in _csv(trainer) if trainer.is_global_zero else ():
-            _log_pending(trainer, logger)
-            logger.sync()
+            try:
+                _log_pending(trainer, logger)
+                logger.sync()
+            except OSError as error:
+                raise OrnsteinError(
+                    f"no checkpoint of step {trainer.global_step}: its row could not be written to {logger.path} "
+                    f"({error.strerror or error}): make room or choose another folder; the last good checkpoint is "
+                    f"{newest_whole_checkpoint(logger.path.parent / 'checkpoints') or 'none yet'}"
+                ) from error
         checkpoint[_KEY] = {"elapsed_s": self.elapsed()}
 
     def on_load_checkpoint(
@@ -50,6 +59,12 @@ class ResumableLogs(pl.Callback):
         # one step ahead and harmless: the resumed run writes the same values into it again.
         self._resumed_from = int(checkpoint["global_step"])
         self._elapsed_before = float(checkpoint.get(_KEY, {}).get("elapsed_s", 0.0))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells W&B where its rows end, before anything is logged."""
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, RunWandbLogger) and self._resumed_from is not None:
+                logger.resume_from(self._resumed_from or -1)  # started over, also the rows of step 0 come again
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Cut the rows that the resumed run will write again; set the loggers' clocks."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import threading
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from ornstein.data.workers import WorkersDied
+from ornstein.errors import OrnsteinError
 from ornstein.metrics.figures.naming import same_figure
 from ornstein.training.base import TrainingModule
+from ornstein.training.callbacks import checkpoint_files as files
+from ornstein.training.callbacks.checkpoint_writer import CheckpointWriter
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.callbacks.nonfinite import NonFiniteGuard
 from ornstein.training.callbacks.progress import progress_task
+from ornstein.training.ema import EMA
 from ornstein.training.limits import check_limits
 from ornstein.training.record import due
 
@@ -27,8 +32,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
 
     Every checkpoint stands between two optimizer steps, after all other callbacks have handled the step
     (Lightning moves checkpoint callbacks to the end), so that a resumed run repeats nothing and misses
-    nothing. One state is written once: best and numbered files are hard links to it where the file system has
-    them.
+    nothing. One state is written once, as ``last.ckpt``: best and numbered files are hard links to it where the file
+    system has them; a run that was killed in between makes them when it goes on. ``last`` and ``best`` have their
+    averaged weights beside them (``last.ema.safetensors``), where the run averages.
 
     Ctrl-C is answered at the end of the running step, with a checkpoint; a second one at once, without.
     SIGTERM is Lightning's, which stops after the running step too.
@@ -42,13 +48,20 @@ class Checkpoint(pl.callbacks.Checkpoint):
             space where that is the run's own.
         mode: whether that figure is better when smaller (``min``) or larger (``max``).
         keep_best: how many to keep: ``best.ckpt``, ``best_2.ckpt``, ...
-        keep_every: keep each periodic checkpoint under its step's name.
+        keep_every: keep checkpoints under their step's name: true each periodic one, a number those of every so many
+            steps, which are then written whatever ``every`` is.
+        keep_every_images: so many images seen between checkpoints that are kept under their step's name; null is never.
+        keep_last: how many of those to keep, the newest; null is all.
+        asynchronous: copy the state when it is due, and write the copy while training goes on; takes the state's size
+            of the host's memory. The next checkpoint, and the end of training however it comes, wait for it.
+        ema_weights: write the averaged weights beside ``last`` and ``best``.
 
     Attributes:
         last_path: the newest checkpoint that this process has written.
 
     Raises:
-        OrnsteinError: an interval < 1, a negative ``keep_best``, or an unknown mode.
+        OrnsteinError: an interval < 1, a negative ``keep_best``, or an unknown mode; and in training, a checkpoint that
+            cannot be written.
     """
 
     def __init__(
@@ -60,14 +73,23 @@ class Checkpoint(pl.callbacks.Checkpoint):
         monitor: str | None = "val/fid",
         mode: Literal["min", "max"] = "min",
         keep_best: int = 1,
-        keep_every: bool = False,
+        keep_every: bool | int = False,
+        keep_every_images: int | None = None,
+        keep_last: int | None = None,
+        asynchronous: bool = False,
+        ema_weights: bool = True,
     ) -> None:
         check_limits("Checkpoint", every=every, every_images=every_images, mode=mode, keep_best=keep_best)
+        check_limits("Checkpoint", keep_every=keep_every, keep_every_images=keep_every_images, keep_last=keep_last)
+        check_limits("Checkpoint", asynchronous=asynchronous, ema_weights=ema_weights)
         self.folder = Path(run_dir) / "checkpoints"
         self.every, self.every_images = every, every_images
         self.monitor, self.mode = monitor, mode
-        self.keep_best, self.keep_every = keep_best, keep_every
+        self.keep_best, self.keep_every, self.keep_every_images = keep_best, keep_every, keep_every_images
+        self.keep_last, self.asynchronous, self.ema_weights = keep_last, asynchronous, ema_weights
         self.last_path: Path | None = None
+        self._writer: CheckpointWriter | None = None
+        self._numbered = False  # whether the state that is written now is kept under its step's name
         self._best: list[tuple[float, int]] = []  # (figure, step), best first
         self._offered: float | None = None
         self._seen = self._saved = -1
@@ -81,12 +103,29 @@ class Checkpoint(pl.callbacks.Checkpoint):
         """The figure of ``best.ckpt``; None before there is one."""
         return self._best[0][0] if self._best else None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Puts the writer between the strategy and the plugin that writes."""
+        if stage == "fit" and self._writer is None:
+            self._writer = CheckpointWriter(trainer.strategy.checkpoint_io, asynchronous=self.asynchronous)
+            trainer.strategy.checkpoint_io = self._writer
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes it out again, when it has written all."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            trainer.strategy.checkpoint_io = writer.inner
+            writer.close()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes up the count where a checkpoint left it, and Ctrl-C into its own hands."""
         assert isinstance(pl_module, TrainingModule)
         self._seen = self._saved = trainer.global_step
         self._images = pl_module.images_seen
         self._stop = None
+        if trainer.is_global_zero and self.folder.is_dir():
+            files.sweep_up(self.folder)
+            if trainer.ckpt_path is not None and Path(trainer.ckpt_path).parent.resolve() == self.folder.resolve():
+                self._complete(trainer, Path(trainer.ckpt_path))
         # Several processes get their signals at different steps, and a checkpoint needs them all at one.
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
@@ -119,17 +158,24 @@ class Checkpoint(pl.callbacks.Checkpoint):
             return
         self._seen = trainer.global_step
         self._between_steps = True
-        periodic = due(trainer, self.every) | self._images_due(pl_module)
+        if self._writer is not None:
+            self._writer.look()
+        before, self._images = self._images, self._images_seen(pl_module)
+        periodic = due(trainer, self.every) | _crossed(before, self._images, self.every_images)
+        kept = periodic if self.keep_every is True else due(trainer, self.keep_every or None)
+        kept |= _crossed(before, self._images, self.keep_every_images)
         rank = self._rank_of_new_figure(trainer)
-        if periodic or rank is not None or self._stop is not None or trainer.global_step == trainer.max_steps:
-            self._save(trainer, pl_module, rank=rank, numbered=periodic and self.keep_every)
+        stopping = self._stop is not None or trainer.global_step == trainer.max_steps
+        if periodic or kept or rank is not None or stopping:
+            self._save(trainer, pl_module, rank=rank, numbered=kept)
         if self._stop is not None:
+            self._wait()
             raise self._stop
 
-    def _images_due(self, module: pl.LightningModule) -> bool:
+    @staticmethod
+    def _images_seen(module: pl.LightningModule) -> int:
         assert isinstance(module, TrainingModule)
-        before, self._images = self._images, module.images_seen
-        return self.every_images is not None and self._images // self.every_images > before // self.every_images
+        return module.images_seen
 
     def _rank_of_new_figure(self, trainer: pl.Trainer) -> int | None:
         """Place among the best (0 is best) of a monitored figure that was logged since the last look, if it has one."""
@@ -156,66 +202,114 @@ class Checkpoint(pl.callbacks.Checkpoint):
     ) -> None:
         for guard in callbacks_of(trainer, NonFiniteGuard):
             guard.check_before_checkpoint(trainer, module)
-        names = ["last.ckpt"]
+        self._wait()  # one at a time
+        step, places = trainer.global_step, {known: files.best_name(at) for at, (_, known) in enumerate(self._best)}
         if rank is not None:
             assert self._offered is not None
-            self._best.insert(rank, (self._offered, trainer.global_step))
+            self._best.insert(rank, (self._offered, step))
             del self._best[self.keep_best :]
-            names.insert(0, self._best_name(rank))
-        if numbered:
-            names.insert(0, f"step_{trainer.global_step:06}.ckpt")
+        self._numbered = numbered
+        # Best and numbered names follow: killed in between, the run goes on from the newest file, which has them.
+        sources = {known: self.folder / name for known, name in places.items()} | {step: self.folder / files.LAST}
+        wanted = [known for _, known in self._best] if rank is not None else []
+        facts = self._facts(trainer, module)
         with progress_task(trainer, "checkpoint"):
-            if rank is not None and trainer.is_global_zero:
-                self._make_room(rank)
-            # last.ckpt comes last: a run killed in between goes on from the newest file, the same state.
-            trainer.save_checkpoint(self.folder / names[0], weights_only=False)
-            if trainer.is_global_zero:
-                for name in names[1:]:
-                    _link(self.folder / names[0], self.folder / name)
-        self._saved = trainer.global_step
-        self.last_path = self.folder / "last.ckpt"
+            if self._writer is not None and trainer.is_global_zero:
+                self._writer.then = partial(self._settle, facts=facts, wanted=wanted, sources=sources, kept=numbered)
+            trainer.save_checkpoint(self.folder / files.LAST, weights_only=False)
+        self._saved = step
+        if not trainer.is_global_zero:
+            self.last_path = self.folder / files.LAST
 
-    def _make_room(self, rank: int) -> None:
-        for place in range(len(self._best) - 1, rank, -1):
-            earlier = self.folder / self._best_name(place - 1)
-            if earlier.exists():
-                os.replace(earlier, self.folder / self._best_name(place))
+    def _settle(
+        self,
+        state: Mapping[str, Any],
+        *,
+        facts: dict[str, Any],
+        wanted: list[int],
+        sources: dict[int, Path],
+        kept: bool,
+    ) -> None:
+        """What follows once ``last.ckpt`` is written, in the thread that wrote it: averages and the other names.
 
-    @staticmethod
-    def _best_name(rank: int) -> str:
-        return "best.ckpt" if rank == 0 else f"best_{rank + 1}.ckpt"
+        Raises:
+            OrnsteinError: a file cannot be written.
+        """
+        last = self.folder / files.LAST
+        self.last_path = last
+        averages = state.get("callbacks", {}).get(EMA.__qualname__, {})
+        if self.ema_weights and averages.get("network"):
+            files.write_averages(files.beside(last), averages, facts=facts)
+        try:
+            files.arrange_best(self.folder, wanted, sources)
+            if kept:
+                files.link(last, self.folder / files.numbered_name(facts["step"]))
+                if self.keep_last is not None:
+                    files.prune_numbered(self.folder, keep=self.keep_last)
+        except OSError as error:  # where there are no hard links these are copies
+            raise OrnsteinError(
+                f"checkpoint {last} has no room for its other names ({error.strerror or error}): make room or choose "
+                f"another folder; the last good checkpoint is {last}"
+            ) from error
+
+    def _complete(self, trainer: pl.Trainer, origin: Path) -> None:
+        """What a run that was killed between ``last.ckpt`` and what follows had no time for."""
+        step, last = trainer.global_step, self.folder / files.LAST
+        if self.ema_weights and origin.name == last.name and files.step_of_averages(files.beside(last)) != step:
+            # From the file: over several devices the averages themselves may be spread over them.
+            averages = files.read_state(origin).get("callbacks", {}).get(EMA.__qualname__, {})
+            if averages.get("network"):
+                files.write_averages(files.beside(last), averages, facts=self._facts(trainer, trainer.lightning_module))
+        wanted = [known for _, known in self._best]
+        if step in wanted:
+            files.arrange_best(self.folder, wanted, {step: origin} | files.steps_of_best(self.folder))
+        numbered = self.folder / files.numbered_name(step)
+        if self._numbered and not numbered.exists():
+            files.link(origin, numbered)
+
+    def _facts(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        """What the header of a file of averages says."""
+        facts: dict[str, Any] = {"step": trainer.global_step, "images_seen": self._images_seen(module)}
+        for averaging in callbacks_of(trainer, EMA):
+            facts |= averaging.facts()
+        return facts
+
+    def _wait(self) -> None:
+        if self._writer is not None:
+            self._writer.wait()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the final state, unless the last step has done so and nothing was logged since."""
         self._restore_handler()
         rank = self._rank_of_new_figure(trainer)
         if trainer.global_step > 0 and (rank is not None or self._saved != trainer.global_step):
-            self._save(trainer, pl_module, rank=rank)
+            again = self._saved == trainer.global_step
+            self._save(trainer, pl_module, rank=rank, numbered=again and self._numbered)
+        self._wait()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Writes the state where the run was stopped from outside between two steps."""
+        """Writes the state where the run was stopped between two steps: from outside, or as data workers died."""
         self._restore_handler()
-        stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException | WorkersDied)
         alone = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
         if stopped and alone and self._between_steps and self._saved != trainer.global_step:
             self._save(trainer, pl_module)
+        try:
+            self._wait()
+        except OrnsteinError as fault:  # beside what training stopped for
+            rank_zero_warn(str(fault))
 
     def state_dict(self) -> dict[str, Any]:
-        """The best figures so far with their steps."""
-        return {"best": [list(entry) for entry in self._best], "offered": self._offered}
+        """The best figures so far with their steps, and whether this state is kept under its step's name."""
+        return {"best": [list(entry) for entry in self._best], "offered": self._offered, "numbered": self._numbered}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them back."""
         self._best = [(float(figure), int(step)) for figure, step in state_dict["best"]]
         self._offered = state_dict["offered"]
+        self._numbered = bool(state_dict.get("numbered", False))
 
 
-def _link(source: Path, target: Path) -> None:
-    """Makes ``target`` the same file as ``source``, or a copy of it, in one step."""
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:  # no hard links here
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+def _crossed(before: int, now: int, interval: int | None) -> bool:
+    """Whether a multiple of ``interval`` was reached on the way; null is never."""
+    return interval is not None and now // interval > before // interval
