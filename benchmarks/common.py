@@ -26,7 +26,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
-from ornstein.cli.build import build_callbacks, build_data, build_loggers, build_module
+from ornstein.cli.build import build_callbacks, build_data, build_loggers, build_module, of_lightning
 from ornstein.cli.launch import conf_dir, register_resolvers
 from ornstein.cli.validate import validate
 from ornstein.networks.cost import count_flops
@@ -68,7 +68,7 @@ class Ours:
         callbacks = [*build_callbacks(cfg), *extra]
         with quiet():
             self.trainer: pl.Trainer = instantiate(
-                cfg.trainer, logger=build_loggers(cfg) or False, callbacks=callbacks, _convert_="all"
+                of_lightning(cfg.trainer), logger=build_loggers(cfg) or False, callbacks=callbacks, _convert_="all"
             )
 
     def fit(self) -> None:

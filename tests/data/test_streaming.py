@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -244,6 +247,26 @@ def test_goes_on_to_the_bit(tar_shards: Shards, workers: int, stop: int) -> None
     again = restored(made(folder, num_workers=workers, caption_column="txt"), stop, state_of(loader, stop))
     rest = list(islice(again.train_dataloader(), 34 - stop))
     assert all(same(ours, theirs) for ours, theirs in zip(rest, batches[stop:], strict=True))
+
+
+def test_goes_on_where_a_worker_was_killed(tar_shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading process killed for real: told in one line, and the batches and the place are the undisturbed ones."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader.stateful_dataloader")
+    # It looks for dead workers every five seconds.
+    monkeypatch.setattr(stateful._StatefulMultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+    folder = tar_shards([7, 5, 9, 6, 8, 7])
+    undisturbed = made(folder, num_workers=2).train_dataloader()
+    batches = list(islice(undisturbed, 16))
+    loader = made(folder, num_workers=2).train_dataloader()
+    reading = iter(loader)
+    found = [next(reading) for _ in range(5)]
+    before = {child.pid for child in multiprocessing.active_children()}
+    with pytest.warns(UserWarning, match="a data worker died"):
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        found += [next(reading) for _ in range(11)]
+    assert all(same(ours, theirs) for ours, theirs in zip(found, batches, strict=True))
+    assert state_of(loader, 16) == state_of(undisturbed, 16)
 
 
 def test_every_device_goes_on_in_its_own_place(tar_shards: Shards) -> None:

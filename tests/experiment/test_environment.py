@@ -95,5 +95,5 @@ def test_tensorboard_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from ornstein.experiment import logger_options, tensorboard_log
 
     monkeypatch.setattr(logger_options, "find_spec", lambda name: None)
-    with pytest.raises(OrnsteinError, match="pip install tensorboard"):
+    with pytest.raises(OrnsteinError, match=r"pip install 'ornstein\[tensorboard\]'"):
         tensorboard_log.tensorboard_logger(tmp_path)

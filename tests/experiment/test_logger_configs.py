@@ -1,17 +1,24 @@
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OPTIONS = {
     "default": {"csv": "CSVLogger", "wandb": "RunWandbLogger"},
     "csv": {"csv": "CSVLogger"},
     "wandb": {"wandb": "RunWandbLogger"},
-    "tensorboard": {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger"},
+    "tensorboard": {"csv": "CSVLogger", "tensorboard": "RunTensorBoardLogger"},
+    "mlflow": {"csv": "CSVLogger", "mlflow": "RunMLFlowLogger"},
+    "all": {
+        "csv": "CSVLogger",
+        "wandb": "RunWandbLogger",
+        "tensorboard": "RunTensorBoardLogger",
+        "mlflow": "RunMLFlowLogger",
+    },
     "none": {},
 }
 
@@ -22,16 +29,20 @@ def test_every_option_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_makes_its_loggers_inside_the_run_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+    compose: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    if option == "tensorboard" and find_spec("tensorboard") is None:
-        pytest.skip("the optional package tensorboard is not installed")
+    for package, needed_by in (("tensorboard", ("tensorboard", "all")), ("mlflow", ("mlflow", "all"))):
+        if option in needed_by and find_spec(package) is None:
+            pytest.skip(f"the optional package {package} is not installed")
+    # It begins with a database, which tests/experiment/test_mlflow_log.py waits for.
+    monkeypatch.setattr("ornstein.experiment.mlflow_log.MLFlowLogger.__init__", lambda self, **_: None)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(f"logger/{option}")
-    root = {"paths": {"run_dir": str(tmp_path)}, "name": "digits", "task": "train"}
-    config = OmegaConf.merge(root, config)
-    loggers = {key: instantiate(entry) for key, entry in (config.get("logger") or {}).items()}
+    config = compose(f"logger={option}", run_dir=tmp_path)
+    loggers = {key: instantiate(entry) for key, entry in (config.logger or {}).items()}
     assert {key: type(logger).__name__ for key, logger in loggers.items()} == OPTIONS[option]
     for logger in loggers.values():
         assert Path(logger.save_dir) == tmp_path
+
+
+def test_several_at_once_by_name(compose: Callable[..., Any]) -> None:
+    assert set(compose("logger=[csv,tensorboard,wandb]").logger) == {"csv", "tensorboard", "wandb"}

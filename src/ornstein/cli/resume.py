@@ -89,20 +89,22 @@ def prepare_resume(argv: list[str]) -> str:
     return "resumed"
 
 
-def _check_changes(words: Sequence[str]) -> dict[str, str | None]:
+def _check_changes(words: Sequence[str]) -> dict[str, str | list[str] | None]:
     """Refuses overrides that have no effect on a run that goes on; gives the options chosen of its open groups.
 
     Raises:
         OrnsteinError: names the overrides and what can be changed.
     """
-    refused, chosen = [], {}
+    refused: list[str] = []
+    chosen: dict[str, str | list[str] | None] = {}
     for word in words:
         match = _OVERRIDE.fullmatch(word)
         if match is None or not (match["given"] or word.startswith("~")):
             continue
         key, value = match["key"], match["value"]
         if key in (*OPEN_GROUPS, "sampler/grid") and match["given"] and not value.startswith("{"):
-            chosen[key] = None if value in ("", "null") else value
+            several = value[1:-1].replace(" ", "").split(",") if value[:1] == "[" else value  # logger=[csv,wandb]
+            chosen[key] = None if value in ("", "null") else several
         elif not _may_change(key):
             refused.append(word)
     if refused:

@@ -19,7 +19,15 @@ from ornstein.data.describe import measure_sigma_data
 from ornstein.data.latents import COMMAND, LatentDataset, Latents, Recipe, check_images
 from ornstein.data.options import BALANCED_WAY_OUT, check_options
 from ornstein.data.overlap import Overlap, apart, checked_policy
-from ornstein.data.sampling import BalancedBatches, EndlessBatches, OrderedBatches, equally_many, evenly_spaced
+from ornstein.data.sampling import (
+    BalancedBatches,
+    EndlessBatches,
+    OrderedBatches,
+    behind,
+    equally_many,
+    evenly_spaced,
+)
+from ornstein.data.workers import surviving
 from ornstein.errors import OrnsteinError
 
 # A figure copied from another data set is off by more; that of another image size by less.
@@ -40,8 +48,13 @@ class Batches:
         self.loader = loader
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Batches in the sampler's order."""
-        return plainly(iter(self.loader))
+        """Batches in the sampler's order, whatever becomes of the workers."""
+        return plainly(surviving(lambda: iter(self.loader), self._again))
+
+    def _again(self, given: int) -> Iterator[dict[str, Any]]:
+        """The batches behind the first `given` ones, by new workers."""
+        self.loader = _copy(self.loader, self.loader.sampler)
+        return iter(_copy(self.loader, behind(self.loader.sampler, given)))
 
     def __len__(self) -> int:
         """Number of batches; TypeError for the endless ones, as Lightning expects."""
@@ -184,6 +197,21 @@ class DataModule(lightning.LightningDataModule):
         if self.overlap == "refuse":
             _ = self.test
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """A batch on the device. Its tensors go there at once; Lightning's own way searches them for anything nested,
+        which costs as much as several callbacks together, and is left what else a batch holds.
+        """
+        whole = super().transfer_batch_to_device
+        if type(batch) is not dict:
+            return whole(batch, device, dataloader_idx)
+        behind_the_host = device.type not in ("cpu", "mps")
+        return {
+            key: value.to(device, non_blocking=behind_the_host)
+            if isinstance(value, torch.Tensor)
+            else whole(value, device, dataloader_idx)
+            for key, value in batch.items()
+        }
+
     def train_dataloader(self) -> Batches:
         """Endless training batches of this rank, from `start_batch` on."""
         trainer = self.trainer
@@ -322,6 +350,20 @@ class DataModule(lightning.LightningDataModule):
                     f"{measured:.3f}: say data.sigma_data={measured:.3f} unless you mean it",
                     stacklevel=2,
                 )
+
+
+def _copy(loader: "DataLoader[dict[str, Any]]", order: Iterable[np.ndarray]) -> "DataLoader[dict[str, Any]]":
+    """The same loader of another order, with workers of its own."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=None,
+        sampler=order,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        persistent_workers=loader.persistent_workers,
+        pin_memory=loader.pin_memory,
+        generator=loader.generator,
+    )
 
 
 def declared_splits(dataset: Callable[..., ImageDataset]) -> tuple[Split, ...]:

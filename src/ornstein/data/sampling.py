@@ -1,6 +1,8 @@
 """The order in which training sees the data: endless, sharded over ranks, and reachable at any batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from itertools import islice
 
 import numpy as np
 
@@ -126,6 +128,25 @@ class BalancedBatches(EndlessBatches):
             order = np.random.default_rng([self.seed, lap, number, 2]).permutation(members)
             self._passes[number] = (lap, order)
         return int(self._passes[number][1][offset])
+
+
+class _Behind:
+    """An order of batches without the first so many."""
+
+    def __init__(self, order: Iterable[np.ndarray], skipped: int) -> None:
+        self.order, self.skipped = order, skipped
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return islice(iter(self.order), self.skipped, None)
+
+
+def behind(order: Iterable[np.ndarray], skipped: int) -> Iterable[np.ndarray]:
+    """What follows the first `skipped` batches of an order; of an endless one, reached at once."""
+    if isinstance(order, EndlessBatches):
+        moved = copy(order)
+        moved.start_batch += skipped
+        return moved
+    return _Behind(order, skipped)
 
 
 def evenly_spaced(count: int, limit: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from ornstein.data.bad import Bad, plainly
 from ornstein.data.datamodule import _as_it_is
 from ornstein.data.streaming import Stream
 from ornstein.data.streaming_tar import needs_extra
+from ornstein.data.workers import surviving
 from ornstein.errors import OrnsteinError
 
 # Lightning fetches one batch ahead of the one that is trained on.
@@ -80,23 +81,11 @@ class StreamedBatches:
         self, stream: Stream, *, num_workers: int, start_batch: int, place: Any, shape: dict[str, int]
     ) -> None:
         try:
-            from torchdata.stateful_dataloader import StatefulDataLoader
+            import torchdata.stateful_dataloader  # noqa: F401
         except ImportError as error:
             raise needs_extra(error) from error
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own
-            self.loader = StatefulDataLoader(
-                stream,
-                batch_size=None,
-                num_workers=num_workers,
-                collate_fn=_as_it_is,
-                pin_memory=torch.cuda.is_available(),
-                # Its own stream: making an iterator must not move the global one that resuming restores.
-                generator=torch.Generator().manual_seed(stream.seed),
-                snapshot_every_n_steps=1,
-            )
-        if place is not None:
-            self.loader.load_state_dict(place)
+        self.loader = _loader(stream, num_workers, place)
+        self.stream, self.num_workers = stream, num_workers
         self.start_batch, self.shape = start_batch, shape
         self._places: deque[tuple[int, Any]] = deque([(start_batch, place)], maxlen=AHEAD)
         self._bad = Bad(stream.max_bad, where="the training stream")
@@ -106,7 +95,8 @@ class StreamedBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The batches from `start_batch` on, for ever."""
-        for number, batch in enumerate(plainly(iter(self.loader)), start=self.start_batch + 1):
+        batches = plainly(surviving(lambda: iter(self.loader), self._again))
+        for number, batch in enumerate(batches, start=self.start_batch + 1):
             self._places.append((number, self.loader.state_dict()))
             for name, reason in batch.pop("bad"):
                 self._bad.add(name, reason)
@@ -119,6 +109,11 @@ class StreamedBatches:
                     self._bad.settle()
             yield batch
 
+    def _again(self, given: int) -> Iterator[dict[str, Any]]:
+        """The batches behind the last one that was given, by new workers."""
+        self.loader = _loader(self.stream, self.num_workers, self.behind(self.start_batch + given))
+        return iter(self.loader)
+
     def behind(self, batches: int) -> Any:
         """The loader's state behind that many batches; None at the beginning of a stream.
 
@@ -129,6 +124,27 @@ class StreamedBatches:
             if number == batches:
                 return place
         raise OrnsteinError(f"the stream's place after {batches} batches is not known any more: report this")
+
+
+def _loader(stream: Stream, num_workers: int, place: Any) -> Any:
+    """A ``StatefulDataLoader`` at a place of its own, the stream's beginning where that is None."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own
+        loader = StatefulDataLoader(
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            # Its own stream: making an iterator must not move the global one that resuming restores.
+            generator=torch.Generator().manual_seed(stream.seed),
+            snapshot_every_n_steps=1,
+        )
+    if place is not None:
+        loader.load_state_dict(place)
+    return loader
 
 
 def gathered(own: Any) -> list[Any]:

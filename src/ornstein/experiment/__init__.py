@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ornstein.experiment.csv_log import CSVLogger as CSVLogger
     from ornstein.experiment.environment import describe_environment as describe_environment
     from ornstein.experiment.metrics_file import read_metrics as read_metrics
+    from ornstein.experiment.mlflow_log import mlflow_logger as mlflow_logger
     from ornstein.experiment.resume import ResumableLogs as ResumableLogs
     from ornstein.experiment.resume import close_loggers as close_loggers
     from ornstein.experiment.run_dir import RunDirectory as RunDirectory
@@ -32,6 +33,7 @@ _HOME = {
     "describe_environment": "environment",
     "find_unfinished": "run_identity",
     "identity": "run_identity",
+    "mlflow_logger": "mlflow_log",
     "read_metrics": "metrics_file",
     "set_determinism": "seeding",
     "tensorboard_logger": "tensorboard_log",

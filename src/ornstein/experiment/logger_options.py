@@ -21,6 +21,17 @@ def check_wandb_mode(mode: str | None) -> str | None:
     return wanted
 
 
+def check_wandb_model(which: str | bool) -> str | bool:
+    """Which checkpoints W&B is to take: ``best``, ``all``, or false for none.
+
+    Raises:
+        OrnsteinError: anything else.
+    """
+    if which is not False and which not in ("best", "all"):
+        raise OrnsteinError(f"logger.wandb.log_model={which} is one of false, best, all")
+    return which
+
+
 def check_tensorboard() -> None:
     """Whether TensorBoard can log.
 
@@ -29,5 +40,19 @@ def check_tensorboard() -> None:
     """
     if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
         raise OrnsteinError(
-            "logger=tensorboard needs the package tensorboard: pip install tensorboard, or take logger=csv"
+            "logger=tensorboard needs the package tensorboard: pip install 'ornstein[tensorboard]', or take logger=csv"
+        )
+
+
+def check_mlflow(tracking_uri: str | None = None) -> None:
+    """Whether MLflow can log; a server needs less than a database of one's own.
+
+    Raises:
+        OrnsteinError: it is not installed, or its way to a database.
+    """
+    served = (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite").startswith(("http", "databricks"))
+    missing = [name for name in ("mlflow", *(() if served else ("sqlalchemy", "alembic"))) if find_spec(name) is None]
+    if missing:
+        raise OrnsteinError(
+            f"logger=mlflow needs {', '.join(missing)}: pip install 'ornstein[mlflow]', or take logger=csv"
         )

@@ -33,6 +33,7 @@ _WITHOUT_EFFECT = {
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",
     "trainer.logger",
+    "trainer.memory_cap",
     "trainer.num_nodes",
     "trainer.num_workers",
     "trainer.profiler",
@@ -55,10 +56,29 @@ def identity(config: Mapping[str, Any], *, name: str | None = None) -> str:
         ((value.rstrip("/"), key) for key, value in _paths(config) if value.rstrip("/")),
         key=lambda pair: (-len(pair[0]), pair[1]),
     )
-    text = json.dumps(_canonical(config, folders, ""), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(
+        _canonical(_as_asked(config), folders, ""), sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    )
     digits = hashlib.sha256(text.encode()).hexdigest()[:12]
     given = name or config.get("name") or config.get("task") or "run"
     return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', str(given)).strip('-') or 'run'}-{digits}"
+
+
+def _as_asked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the batch that was asked for, where ``trainer.find_batch_size`` has divided it; an answer of no is none."""
+    trainer, data = config.get("trainer"), config.get("data")
+    if not isinstance(trainer, Mapping) or "find_batch_size" not in trainer:
+        return config
+    if not trainer["find_batch_size"]:
+        return {**config, "trainer": {key: value for key, value in trainer.items() if key != "find_batch_size"}}
+    if not isinstance(data, Mapping):
+        return config
+    effective = int(data.get("batch_size", 1)) * int(trainer.get("accumulate_grad_batches", 1))
+    return {
+        **config,
+        "data": {**data, "batch_size": effective},
+        "trainer": {**trainer, "accumulate_grad_batches": 1},
+    }
 
 
 def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

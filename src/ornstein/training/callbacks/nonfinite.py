@@ -1,7 +1,9 @@
-"""Stops a run whose loss is no longer a number."""
+"""Stops a run whose loss or gradient is no longer a number."""
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,31 +15,46 @@ from ornstein.training.base import TrainingModule
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.limits import check_limits
 from ornstein.training.record import due
+from ornstein.training.sharding import local
 
 _NAMED = 10  # images of the bad batch that the message names
+_LOSS, _GRADIENT = 0, 1
 
 
 class NonFiniteGuard(pl.Callback):
-    """Stops at a loss that is infinite or not a number, naming the step, the batch and the last good
-    checkpoint.
+    """Stops at a loss or a gradient that is infinite or not a number, naming the step, the batch and the last
+    good checkpoint.
 
-    On one CPU every loss is checked before it reaches the weights. On accelerators, and over several devices,
-    a flag is kept beside the loss without waiting for it, and read every ``every`` optimizer steps and before
-    each checkpoint, so that none is written with bad weights.
+    On one CPU every loss is checked, and the norm of every step's gradients, before they reach the weights. On
+    accelerators, and over several devices, a flag is kept beside them without waiting for them, and read every
+    ``every`` optimizer steps and before each checkpoint, so that none is written with bad weights. The norm is
+    the one that clipping takes, or where that takes none, one more. Gradients of ``16-mixed`` are its scaler's
+    matter, which leaves steps out whose gradients are too large.
 
     Args:
         every: optimizer steps between readings of the flag.
 
     Raises:
-        OrnsteinError: every < 1; and in training, for a loss or weights that are not finite.
+        OrnsteinError: every < 1; and in training, for a loss, gradient or weights that are not finite.
     """
 
     def __init__(self, *, every: int = 10) -> None:
         check_limits("NonFiniteGuard", every=every)
         self.every = every
         self._indices: Tensor | None = None
-        # (1 + _NAMED,): step of the first bad loss, or -1, then the first indices of its batch.
+        # (2 + _NAMED,): step of the first bad value, or -1, which it is, then the first indices of its batch.
         self._first: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Has itself told the gradients' norms."""
+        assert isinstance(pl_module, TrainingModule)
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            pl_module.watch_gradients = partial(self._look_at_gradients, trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks no more."""
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.watch_gradients = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: dict[str, Any], batch_idx: int
@@ -50,20 +67,32 @@ class NonFiniteGuard(pl.Callback):
         """Notes the first bad loss; on one CPU stops at it."""
         assert isinstance(pl_module, TrainingModule) and pl_module.last_output is not None
         # Not the argument, which mixed precision has scaled.
-        value = pl_module.last_output.loss.detach()
+        self._look(trainer, pl_module.last_output.loss.detach(), _LOSS)
+
+    @torch.no_grad()
+    def _look_at_gradients(self, trainer: pl.Trainer, module: pl.LightningModule, norm: Tensor | None) -> None:
+        """Notes the first bad gradient before the optimizer's step; on one CPU stops at it."""
+        if norm is None:
+            own = [local(p.grad) for p in module.parameters() if p.grad is not None]
+            if not own:
+                return
+            norm = torch.nn.utils.get_total_norm(own)
+        self._look(trainer, norm.detach(), _GRADIENT)
+
+    def _look(self, trainer: pl.Trainer, value: Tensor, kind: int) -> None:
         step = trainer.global_step + 1
         if value.device.type == "cpu" and trainer.world_size == 1:
-            if not bool(torch.isfinite(value)):
+            if not math.isfinite(value.item()):
                 named = [] if self._indices is None else self._indices[:_NAMED].tolist()
-                raise self._error(trainer, step, named)
+                raise self._error(trainer, step, kind, named)
             return
         if self._first is None or self._first.device != value.device:
-            self._first = torch.full((1 + _NAMED,), -1, dtype=torch.int64, device=value.device)
+            self._first = torch.full((2 + _NAMED,), -1, dtype=torch.int64, device=value.device)
         now = torch.full_like(self._first, -1)
-        now[0] = step
+        now[0], now[1] = step, kind
         if self._indices is not None:
             named_now = self._indices[:_NAMED]
-            now[1 : 1 + len(named_now)] = named_now
+            now[2 : 2 + len(named_now)] = named_now
         self._first = torch.where(~torch.isfinite(value) & (self._first[0] < 0), now, self._first)
 
     def on_train_batch_end(
@@ -74,30 +103,35 @@ class NonFiniteGuard(pl.Callback):
             self.check(trainer)
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Raises an OrnsteinError if a bad loss has been noted, on all ranks alike."""
+        """Raises an OrnsteinError if a bad value has been noted, on all ranks alike."""
         if self._first is None:
             return
-        step, *named = self._first.tolist()
+        step, kind, *named = self._first.tolist()
         bad = step >= 0
         if trainer.world_size > 1:
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
         if bad:
-            raise self._error(trainer, step, [index for index in named if index >= 0])
+            raise self._error(trainer, step, kind, [index for index in named if index >= 0])
 
     def check_before_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Raises an OrnsteinError if a bad loss has been noted or a weight is not finite."""
+        """Raises an OrnsteinError if a bad value has been noted or a weight is not finite."""
         self.check(trainer)
-        floating = [p.detach() for p in module.parameters() if p.is_floating_point() and p.numel()]
-        if floating and not bool(torch.isfinite(torch.stack(torch._foreach_norm(floating, torch.inf))).all()):
+        own = [local(p.detach()) for p in module.parameters() if p.is_floating_point()]
+        floating = [p for p in own if p.numel()]
+        finite = not floating or bool(torch.isfinite(torch.stack(torch._foreach_norm(floating, torch.inf))).all())
+        if trainer.world_size > 1:  # where each has a shard, one alone may see it
+            finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
+        if not finite:
             raise OrnsteinError(
                 f"at step {trainer.global_step} the weights hold values that are not finite, though each "
                 f"loss was: {_way_out(trainer)}"
             )
 
-    def _error(self, trainer: pl.Trainer, step: int, named: list[int]) -> OrnsteinError:
+    def _error(self, trainer: pl.Trainer, step: int, kind: int, named: list[int]) -> OrnsteinError:
         where = f"at step {step}" if step >= 0 else "on another device"
         images = f", in a batch that begins with images {', '.join(map(str, named))}" if named else ""
-        return OrnsteinError(f"the loss is not finite {where}{images}: {_way_out(trainer)}")
+        what = "gradient is not finite, though the loss is," if kind == _GRADIENT else "loss is not finite"
+        return OrnsteinError(f"the {what} {where}{images}: {_way_out(trainer)}")
 
 
 def _way_out(trainer: pl.Trainer) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ornstein.training.callbacks.show import show_image
+from ornstein.training.callbacks.unwritten import pictures_may_fail
 from ornstein.training.module import DiffusionModule
 from ornstein.training.pictures import save_png
 
@@ -36,7 +37,8 @@ class SchedulePlot(pl.Callback):
         """Draws it, on the first rank."""
         assert isinstance(pl_module, DiffusionModule)
         if trainer.is_global_zero and not self.path.exists():
-            show_image(trainer, "schedule", plot_schedule(pl_module, self.path))
+            with pictures_may_fail(self):
+                show_image(trainer, "schedule", plot_schedule(pl_module, self.path))
 
 
 @torch.no_grad()
