@@ -134,6 +134,30 @@ def test_train_step_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_overhead_runs(tmp_path: Path) -> None:
+    figures, shown = run_script("overhead.py", out=tmp_path, timeout=300)
+    (one,) = figures["sizes"]
+    assert one["size"] == "tiny" and finite_numbers(one) == 11 and min(one["bare"], one["ours"], one["bare_cpu"]) > 0
+    assert one["low"] <= one["extra"] <= one["high"] and one["share"] == pytest.approx(one["extra"] / one["bare"])
+    assert "longer by" in shown
+
+
+def test_overhead_is_held_to_both_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import overhead
+
+    def met(bare: float, extra: float) -> bool:
+        figures = dict.fromkeys(("low", "high", "bare_cpu", "extra_cpu", "extra_median_step"), 0.0)
+        sizes = {"size": "a", "parameters": 1, "batch_size": 1, "ours": bare + extra}
+        return bool(overhead.Overhead(bare=bare, extra=extra, **sizes, **figures).met)
+
+    # 1.5 ms of any step, and 3 % of one of 100 ms (less than 1.5 ms where that is shorter than 50 ms)
+    assert met(0.005, 0.0014) and not met(0.005, 0.0016) and met(0.1, 0.0014) and not met(0.1, 0.0016)
+    for name in ("overhead", "common"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
 def test_samplers_run(tmp_path: Path) -> None:
     figures, shown = run_script("samplers.py", out=tmp_path, timeout=300)
     assert "ours / diffusers" in shown and len(figures["figures"]) == 15

@@ -3,14 +3,16 @@ import os
 import runpy
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import ornstein  # noqa: F401  (first: its torchvision guard lets Lightning be imported)
+import ornstein  # (first: its torchvision guard lets Lightning be imported)
 from ornstein.errors import OrnsteinError
 from ornstein.experiment.run_dir import RunDirectory
+from ornstein.experiment.wandb_artifacts import sweep_of
 from ornstein.experiment.wandb_log import RunWandbLogger, has_credentials, run_id, wandb_logger
 
 _read_wandb = runpy.run_path(str(Path(__file__).with_name("wandb_reader.py")))["read_wandb"]
@@ -58,14 +60,16 @@ def test_an_offline_run_can_be_read_back(tmp_path: Path, capfd: pytest.CaptureFi
     read = read_wandb(segment)
     assert read.run_id == run_id(run.path) and read.project == "ornstein" and read.name == "digits"
     assert read.config["seed"] == 3 and read.config["sampler"] == {"steps": 50}
-    first, second, third = read.history
+    first, second = read.history
     assert (first["loss"], first["trainer/global_step"], first["images_seen"]) == (0.5, 1, 128)
+    # What is logged at one step is one row of that number, pictures too.
     assert (second["loss"], second["trainer/global_step"], second["images_seen"]) == (0.25, 2, 128)
-    assert 0 <= first["wall_time_s"] <= second["wall_time_s"]
-    assert any(key.startswith("samples") for key in third)
+    assert [row["_step"] for row in read.history] == [1, 2]
+    assert 0 <= first["time/wall_s"] <= second["time/wall_s"]
+    assert any(key.startswith("samples") for key in second)
     assert read.summary["fid"] == 3.0
     assert read.metrics["*"] == "trainer/global_step"
-    assert {"images_seen", "wall_time_s"} <= set(read.metrics)
+    assert {"images_seen", "time/wall_s"} <= set(read.metrics)
     out, err = capfd.readouterr()
     assert out == "" and err == "", "one line is all it says"
 
@@ -199,3 +203,114 @@ def test_a_run_that_dies_on_the_way_costs_one_warning(tmp_path: Path) -> None:
     logger.experiment.finish()  # what follows raises inside wandb
     (warning,) = _log(logger)
     assert "stopped working" in warning
+
+
+def test_quality_has_three_axes(tmp_path: Path) -> None:
+    logger = wandb_logger(tmp_path, "ornstein", mode="offline")
+    figures = {"val/fid_1k": 3.0, "val/fid_1k_low": 2.5, "images_seen": 640.0, "time/wall_s": 7.25}
+    logger.log_metrics({"train/loss": 1.0, "images_seen": 320.0, "time/wall_s": 3.5}, step=5)
+    logger.log_metrics(figures, step=10)
+    logger.log_metrics({"mine": 1.0}, step=9)  # Lightning's own rows come one step late
+    logger.close()
+    (segment,) = _segments(tmp_path)
+    read = read_wandb(segment)
+    assert [row["trainer/global_step"] for row in read.history] == [5, 10]
+    last = read.history[-1]
+    assert last["mine"] == 1.0 and last["images_seen"] == 640 and last["time/wall_s"] >= 7.25
+    assert last["val/fid_1k"] == last["by_images_seen/fid_1k"] == last["by_wall_time/fid_1k"] == 3.0
+    assert "by_images_seen/fid_1k_low" not in last
+    assert read.metrics["by_images_seen/fid_1k"] == "images_seen"
+    assert read.metrics["by_wall_time/fid_1k"] == "time/wall_s"
+    assert "by_images_seen/fid_1k" not in read.history[0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("outputs/train/multirun/2026-11-21/12-00-00/0", "sweep-2026-11-21-12-00-00"),
+        ("outputs/train/multirun/2026-11-21/12-00-00/seed=1/lr=2", "sweep-2026-11-21-12-00-00"),
+        ("mine/3", "sweep-mine"),
+        ("outputs/train/2026-11-21/12-00-00", None),
+    ],
+)
+def test_a_sweep_is_known_by_its_folder(tmp_path: Path, folder: str, expected: str | None) -> None:
+    for sweep in ("outputs/train/multirun/2026-11-21/12-00-00", "mine"):
+        (tmp_path / sweep).mkdir(parents=True)
+        (tmp_path / sweep / "multirun.yaml").write_text("{}")
+    assert sweep_of(tmp_path / folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "group", "tags"),
+    [
+        ({}, "sweep-mine", ["data=digits", "model=dit"]),
+        ({"group": "ablation", "tags": ["a"]}, "ablation", ["a"]),
+    ],
+)
+def test_a_sweeps_runs_stand_together(tmp_path: Path, options: dict[str, Any], group: str, tags: list[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "multirun.yaml").write_text("{}")
+    chosen = {"model": "dit", "guidance": "none", "data": "digits", "experiment": None}
+    logger = wandb_logger(
+        tmp_path / "mine" / "0",
+        "o",
+        mode="offline",
+        job_type="train",
+        choices=chosen,
+        log_code=False,
+        **options,
+    )
+    logger.log_metrics({"x": 1.0}, step=0)
+    logger.close()
+    (segment,) = _segments(tmp_path / "mine" / "0")
+    read = read_wandb(segment)
+    assert (read.group, read.job_type, sorted(read.tags)) == (group, "train", tags)
+    assert read.config["choices"] == chosen
+    assert not read.artifacts
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        (False, {"best.ckpt", "last.ckpt", "last.ema.safetensors"}),
+        ("best", {"best.ckpt"}),
+    ],
+)
+def test_config_code_and_model_are_artifacts(tmp_path: Path, which: str | bool, expected: set[str]) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.write_config({"seed": 3, "callbacks": {"mine": {"_target_": f"{__name__}.{_segments.__name__}"}}})
+    run.write_json("environment.json", {"python": "3.11"})
+    logger = wandb_logger(run.path, "ornstein", mode="offline", log_model=which)
+    logger.log_metrics({"loss": 0.5}, step=1)
+    checkpoints = run.path / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    for name in ("best.ckpt", "last.ckpt", "last.ema.safetensors"):
+        (checkpoints / name).write_bytes(name.encode())
+    logger.close()
+    (segment,) = _segments(run.path)
+    read = read_wandb(segment)
+    config, code, model = (read.artifacts[name] for name in (f"config-{read.run_id}", "code", f"model-{read.run_id}"))
+    assert set(model) == expected
+    if which:
+        # As they were, though a resumed run replaces them.
+        (run.path / "new").write_bytes(b"later")
+        os.replace(run.path / "new", checkpoints / "best.ckpt")
+        assert model["best.ckpt"].read_bytes() == b"best.ckpt" and not read.references
+    else:
+        assert read.references["best.ckpt"] == (checkpoints / "best.ckpt").as_uri()
+    assert set(config) == {"config.yaml", "environment.json"}
+    assert config["config.yaml"].read_text() == (run.path / "config.yaml").read_text()
+    places = [place for artifact in (config, code) for place in artifact.values()]
+    assert all(place.is_relative_to(run.path) for place in places), "everything of a run lies in its folder"
+    with zipfile.ZipFile(code["code.zip"]) as archive:
+        names = set(archive.namelist())
+        package = "src/ornstein/" if "src/ornstein/__init__.py" in names else "ornstein/"
+        assert archive.read(f"{package}errors.py") == Path(ornstein.__file__).with_name("errors.py").read_bytes()
+        own = "user/" + "/".join(__name__.split(".")) + ".py"
+        assert archive.read(own) == Path(__file__).read_bytes(), "what a user's _target_ names"
+        assert not any(name.startswith(("tests/", "outputs/")) for name in names)
+
+
+def test_which_model_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(OrnsteinError, match=r"logger\.wandb\.log_model=last is one of false, best, all"):
+        wandb_logger(tmp_path, "ornstein", log_model="last")

@@ -23,11 +23,16 @@ class WandbRun:
     run_id: str = ""
     project: str = ""
     name: str = ""
+    group: str = ""
+    job_type: str = ""
+    tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
+    artifacts: dict[str, dict[str, Path]] = field(default_factory=dict)  # name -> path in it -> where the file lies
+    references: dict[str, str] = field(default_factory=dict)  # path in an artifact -> what it refers to
     complete: bool = False  # the run was finished, not killed, and its last record is there
 
 
@@ -66,6 +71,7 @@ def read_wandb(path: Path) -> WandbRun:
         if kind == "run":
             out.run_id, out.project = record.run.run_id, record.run.project
             out.name = record.run.display_name
+            out.group, out.job_type, out.tags = record.run.run_group, record.run.job_type, list(record.run.tags)
             out.config.update(_items(record.run.config.update))
         elif kind == "config":
             out.config.update(_items(record.config.update))
@@ -75,6 +81,10 @@ def read_wandb(path: Path) -> WandbRun:
             out.summary.update(_items(record.summary.update))
         elif kind == "files":
             out.files += [each.path for each in record.files.files]
+        elif kind == "artifact":
+            contents = record.artifact.manifest.contents
+            out.artifacts[record.artifact.name] = {each.path: Path(each.local_path) for each in contents}
+            out.references.update({each.path: each.ref for each in contents if each.ref})
         elif kind == "exit":
             out.complete = True
         elif kind == "metric":

@@ -103,7 +103,7 @@ class Rows(Logger):
 
     def without_times(self) -> dict[int, dict[str, float]]:
         kept = {
-            step: {name: value for name, value in row.items() if not name.startswith("time/")}
+            step: {name: value for name, value in row.items() if not name.startswith(("time/", "system/"))}
             for step, row in self.rows.items()
         }
         return {step: row for step, row in kept.items() if row}

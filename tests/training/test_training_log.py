@@ -41,6 +41,7 @@ def test_rows_hold_what_happened(fit, rows, make_module, accumulate):
         gradient_clip_val=1e-3,
     )
     assert sorted(logger.rows) == [0, 3, 6]
+    assert 0 <= logger.rows[0].pop("time/wall_s") <= logger.rows[3]["time/wall_s"] <= logger.rows[6]["time/wall_s"]
     assert logger.rows[0] == {"effective_batch": 4.0 * accumulate, "images_seen": 0.0}
     for step in (3, 6):
         row = logger.rows[step]
@@ -62,6 +63,16 @@ def test_rows_hold_what_happened(fit, rows, make_module, accumulate):
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(logger.rows[6]["train/loss"])
 
 
+def test_wall_time_goes_on_where_it_stopped(fit, rows, tmp_path):
+    first, second = rows(), rows()
+    slow = Throughput()
+    slow.load_state_dict({"wall": 1000.0, "train": 900.0, "wait": 0.0})
+    fit([TrainingLog(every=2, levels_every=None), slow, Checkpoint(tmp_path, monitor=None)], steps=4, logger=first)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    fit([TrainingLog(every=2, levels_every=None), Throughput()], steps=8, logger=second, ckpt=last)
+    assert 1000 <= first.rows[4]["time/wall_s"] <= second.rows[6]["time/wall_s"] <= second.rows[8]["time/wall_s"] < 1100
+
+
 def test_bins_cover_the_line():
     assert len(LEVEL_NAMES) == len(LEVEL_EDGES) + 1 == 10
     assert LEVEL_NAMES[0] == "below_-8" and LEVEL_NAMES[4] == "-2_to_0" and LEVEL_NAMES[-1] == "above_8"
@@ -76,7 +87,7 @@ def test_partial_sums_survive_a_stop(fit, rows, tmp_path):
     sums = torch.load(last, weights_only=True)["callbacks"]["TrainingLog"]
     assert sums["micro_batches"] == 3 and float(sums["level_counts"].sum()) == 2 * 4
     fit([TrainingLog(every=4, levels_every=5)], steps=10, logger=second, ckpt=last)
-    assert {**first.rows, **second.rows} == whole.rows
+    assert {**first.without_times(), **second.without_times()} == whole.without_times()
     assert sorted(second.rows) == [8, 10]
 
 

@@ -96,7 +96,11 @@ def main(folder: Path) -> None:
     weights = torch.cat([p.detach().flatten() for p in module.evaluation_network().parameters()])
     facts = {
         "weights": weights.sum().item(),
-        "figures": {name: float(value) for name, value in trainer.callback_metrics.items() if "time/" not in name},
+        "figures": {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if not name.startswith(("time/", "system/"))
+        },
         "images_seen": throughput.summary()["images_seen"],
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(facts))

@@ -43,9 +43,9 @@ def compose_train(overrides: Sequence[str] = (), *, run_dir: str | Path | None =
             HydraConfig.instance().set_config(cfg)
             # What asks Hydra for its value is written out: nobody answers once the caller has the config.
             OmegaConf.update(cfg, "paths.run_dir", str(Path(cfg.hydra.run.dir).absolute()))
-            OmegaConf.update(cfg, "name", cfg.name)
             with open_dict(cfg):
                 del cfg["hydra"]
+            _write_out(cfg)
             validate(cfg)
             return cfg
     finally:
@@ -106,6 +106,17 @@ def _hydra() -> Iterator[Any]:
             yield GlobalHydra.instance().hydra
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def _write_out(node: Any) -> None:
+    """Puts values in the place of texts that ask Hydra for them, below ``node``."""
+    written: Any = OmegaConf.to_container(node, resolve=False)
+    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
+        if OmegaConf.is_interpolation(node, key):
+            if "${hydra:" in str(written[key]):
+                OmegaConf.update(node, str(key), node[key])
+        elif not OmegaConf.is_missing(node, key) and OmegaConf.is_config(node[key]):
+            _write_out(node[key])
 
 
 def _as_ours(mistake: Exception) -> OrnsteinError:

@@ -346,6 +346,7 @@ def _facts(converted: Converted) -> list[str]:
     latent = channels not in (1, 3)
     facts = [
         "data=image_folder",
+        "logger=none",  # nothing is trained, and its names would be of a run's choices
         f"data.num_classes={'null' if classes is None else classes}",
         f"model={'pixel_unet' if classes is None else 'class_unet'}",
     ]

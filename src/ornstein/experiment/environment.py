@@ -63,27 +63,30 @@ def git_state(package: Path) -> dict[str, Any] | None:
     files.
     """
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(package), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=False,
-                env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            )
-        except (OSError, subprocess.SubprocessError):  # no git here, or a file system that hangs
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+    if run_git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    revision = git("rev-parse", "HEAD")
-    status = git("status", "--porcelain")
+    revision = run_git(package, "rev-parse", "HEAD")
+    status = run_git(package, "status", "--porcelain")
     if revision is None or status is None:
         return None
     return {"revision": revision, "dirty": bool(status)}
+
+
+def run_git(folder: Path, *arguments: str) -> str | None:
+    """What a git command in ``folder`` prints; None where it fails or there is no git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=10,
+            check=False,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):  # no git here, or a file system that hangs
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _device() -> dict[str, Any]:

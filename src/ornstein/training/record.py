@@ -11,11 +11,18 @@ from ornstein.training.base import TrainingModule
 
 
 def record(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Logs scalars at the current optimizer step, beside ``images_seen``; checkpoints can monitor them by name."""
+    """Logs scalars at the current optimizer step, beside ``images_seen`` and ``time/wall_s``, the other axes that they
+    may be drawn over: images of all starts so far and, where a callback keeps the time, seconds of all starts so far.
+
+    Checkpoints can monitor them by name.
+    """
     module = trainer.lightning_module
     row = dict(values)
     if isinstance(module, TrainingModule):
         row["images_seen"] = float(module.images_seen)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "wall_seconds"):  # Throughput, which logs by this function
+            row["time/wall_s"] = round(callback.wall_seconds(), 3)
     for logger in trainer.loggers:
         logger.log_metrics(row, step=trainer.global_step)
     # float64, so that a summary repeats the rows' figures digit for digit.

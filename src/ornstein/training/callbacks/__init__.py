@@ -1,8 +1,10 @@
 """Callbacks: what happens around training steps. All periods count optimizer steps."""
 
 from ornstein.training.callbacks.checkpoint import Checkpoint
+from ornstein.training.callbacks.codec_grid import CodecGrid
 from ornstein.training.callbacks.evaluation import GenerativeEvaluation
 from ornstein.training.callbacks.log import TrainingLog
+from ornstein.training.callbacks.loss_heatmap import LossHeatmap
 from ornstein.training.callbacks.nonfinite import NonFiniteGuard
 from ornstein.training.callbacks.periodic import Periodic
 from ornstein.training.callbacks.preemption import Preempted, Preemption
@@ -22,8 +24,10 @@ from ornstein.training.callbacks.validation import Validation
 __all__ = [
     "Checkpoint",
     "CodecFile",
+    "CodecGrid",
     "GenerativeEvaluation",
     "Lap",
+    "LossHeatmap",
     "LossTerms",
     "NonFiniteGuard",
     "Periodic",

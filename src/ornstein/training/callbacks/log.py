@@ -11,12 +11,15 @@ from torch import Tensor
 
 from ornstein.diffusion.objectives import LossOutput
 from ornstein.training.base import TrainingModule
+from ornstein.training.callbacks.device_stats import DeviceMeter
+from ornstein.training.callbacks.level_history import LevelHistory
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.callbacks.throughput import Throughput
 from ornstein.training.ema import EMA
 from ornstein.training.latents import batch_images
 from ornstein.training.limits import check_limits
 from ornstein.training.record import due, record
+from ornstein.training.sharding import total_norm
 
 LEVEL_EDGES = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0)
 """Edges of the ten bins of log-SNR: fixed, so that runs of any schedule compare."""
@@ -32,7 +35,8 @@ class TrainingLog(pl.Callback):
 
     ``train/loss`` (mean over all micro-batches since the last row), ``train/grad_norm`` (of this step, before
     clipping), ``train/lr`` (that this step used), ``train/ema_decay``, ``time/images_per_s``,
-    ``time/data_wait_share``; then ``loss_by_log_snr/<bin>``, the mean loss of the examples whose noise level
+    ``time/data_wait_share``, ``time/tflops`` and ``time/mfu`` where they are known, ``system/...`` (see
+    :class:`DeviceMeter`); then ``loss_by_log_snr/<bin>``, the mean loss of the examples whose noise level
     fell in the bin, empty bins left out; and ``effective_batch`` once, at step 0. Sums stay on the device and
     are read when a row is due; they are part of the checkpoint. The ``time/`` columns need a
     :class:`Throughput` among the callbacks.
@@ -40,6 +44,9 @@ class TrainingLog(pl.Callback):
     Args:
         every: optimizer steps between rows.
         levels_every: optimizer steps between rows by noise level; null is never.
+
+    Attributes:
+        history: the losses by noise level of all rows so far, for the picture.
 
     Raises:
         OrnsteinError: an interval < 1.
@@ -51,8 +58,10 @@ class TrainingLog(pl.Callback):
         self._seen = -1
         self._losses = _Sum(1)
         self._level_losses, self._level_counts = _Sum(len(LEVEL_NAMES)), _Sum(len(LEVEL_NAMES))
+        self.history = LevelHistory(len(LEVEL_NAMES))
+        self._meter = DeviceMeter()
         self._micro_batches = 0
-        self._edges = torch.tensor(LEVEL_EDGES)
+        self._edges, self._bins = torch.tensor(LEVEL_EDGES), torch.arange(len(LEVEL_NAMES))
         self._grad_norm: Tensor | None = None
         self._lr = 0.0
 
@@ -74,7 +83,7 @@ class TrainingLog(pl.Callback):
         """Takes the gradients' norm before they are clipped, on steps that will be logged."""
         if (trainer.global_step + 1) % self.every == 0:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+            self._grad_norm = total_norm(gradients)
             self._lr = float(optimizer.param_groups[0]["lr"])
 
     @torch.no_grad()
@@ -90,7 +99,7 @@ class TrainingLog(pl.Callback):
         if self.levels_every is not None and isinstance(output, LossOutput):
             # One-hot sums rather than scattered adds: those have no fixed order on a GPU.
             level = torch.bucketize(output.log_snr, self._edges_on(output.log_snr.device))
-            member = (level[:, None] == torch.arange(len(LEVEL_NAMES), device=level.device)).float()
+            member = (level[:, None] == self._bins).float()
             self._level_losses.add(output.per_sample.float() @ member)
             self._level_counts.add(member.sum(0))
         if trainer.global_step == self._seen:
@@ -115,12 +124,13 @@ class TrainingLog(pl.Callback):
             row["train/ema_decay"] = averages.current_decay()
         for clock in callbacks_of(trainer, Throughput):
             lap = clock.lap(module)
-            row |= {"time/images_per_s": lap.images_per_s, "time/data_wait_share": lap.data_wait_share}
-        return row
+            row |= lap.row()
+        return row | self._meter.figures(module.device)
 
     def _levels(self, trainer: pl.Trainer) -> dict[str, float]:
         both = torch.stack([self._level_losses.take(), self._level_counts.take()])
         losses, counts = trainer.strategy.reduce(both, reduce_op="sum").tolist()
+        self.history.add(trainer.global_step, losses, counts)
         return {
             f"loss_by_log_snr/{name}": loss / count
             for name, loss, count in zip(LEVEL_NAMES, losses, counts, strict=True)
@@ -129,16 +139,17 @@ class TrainingLog(pl.Callback):
 
     def _edges_on(self, device: torch.device) -> Tensor:
         if self._edges.device != device:
-            self._edges = self._edges.to(device)
+            self._edges, self._bins = self._edges.to(device), self._bins.to(device)
         return self._edges
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums since the last rows."""
+        """Sums since the last rows, and the history of the losses by noise level."""
         return {
             "losses": self._losses.value(),
             "level_losses": self._level_losses.value(),
             "level_counts": self._level_counts.value(),
             "micro_batches": self._micro_batches,
+            "history": self.history.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -147,6 +158,8 @@ class TrainingLog(pl.Callback):
         self._level_losses.set(state_dict["level_losses"])
         self._level_counts.set(state_dict["level_counts"])
         self._micro_batches = int(state_dict["micro_batches"])
+        if "history" in state_dict:  # checkpoints of before have none
+            self.history.load_state_dict(state_dict["history"])
 
 
 class _Sum:
