@@ -1,4 +1,7 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and the one that tells of no mistake."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 
 class OrnsteinError(ValueError):
@@ -6,3 +9,13 @@ class OrnsteinError(ValueError):
 
     The command line prints that sentence without a traceback and exits with status 1.
     """
+
+
+class Pruned(Exception):
+    """A search has stopped this training early, after a checkpoint: no mistake of anybody's, and no failure.
+
+    Attributes:
+        figures: the run's by then, once they are known.
+    """
+
+    figures: Mapping[str, float] = MappingProxyType({})

@@ -40,6 +40,11 @@ REFUSED = [
     ("data=webdataset data.urls=/a/{0..9}.tar", "data.urls=/a/{0..9}.tar: quotes \"data.urls='/data/"),
     ("data=webdataset data.urls=/a/0.tar data.urls=/a/1.tar", "data.urls=/a/1.tar and 1 more: quotes"),
     ("sampler=diffusers sampler/grid=karras", "sampler/grid=karras diffusers bring their own sampler=ddim"),
+    ("metrics.kidd=true", "metrics.kidd=true: metrics=auto has no kidd; kid, more (--cfg job)."),
+    ("metrics=digits metrics.features.wight=x", "metrics.features has no wight; it has weights."),
+    ("model=dit,nonsense seed=0,1", "model=dit,nonsense: there is no model=nonsense; it has class_unet"),
+    ("scheduler=cosine,flo", "scheduler=cosine,flo: there is no scheduler=flo (flow?); it has constant, ve."),
+    ("hparams_search=optuna seed=1", "hparams_search=optuna searches with -m alone: python train.py"),
 ]
 
 
@@ -64,6 +69,10 @@ def test_refused_in_one_sentence(overrides: str, words: str) -> None:
         "model=latent_dit codec=diffusers codec.pretrained=somewhere",
         "model/network=dit_tiny model.network.depth=2",
         "objective.weighting=null",
+        "sampler=run,heun model/network=unet,dit_tiny data.image_size=8,16 metrics.kid=true,false codec=null,kl",
+        "--config-dir mine model=dit,mine",
+        "-m hparams_search=optuna",
+        "hparams_search=optuna --cfg job",
     ],
 )
 def test_the_rest_is_left_to_hydra(overrides: str) -> None:

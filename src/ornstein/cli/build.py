@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ornstein.cli.batch_size import OWN_KEYS
 from ornstein.cli.guides import equip
+from ornstein.cli.search import trial_callbacks
 from ornstein.cli.start import build_network
 from ornstein.errors import OrnsteinError
 
@@ -75,6 +78,7 @@ def build_callbacks(cfg: DictConfig) -> list[pl.Callback]:
         from ornstein.training.adapters import AdapterFiles
 
         built.append(AdapterFiles(cfg.paths.run_dir))
+    built += trial_callbacks()
     # A partial is a callback that makes its metrics when it first needs them: importing them takes seconds.
     factory = partial(build_metrics, cfg.metrics)
     return [each(metrics=factory) if isinstance(each, partial) else each for each in built]
@@ -119,7 +123,7 @@ def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback]) -> pl.Traine
         callbacks = [each for each in callbacks if not isinstance(each, pl.callbacks.ProgressBar)]
     on_slurm = SLURMEnvironment.detect() and "TORCHELASTIC_RUN_ID" not in os.environ
     trainer: pl.Trainer = instantiate(
-        cfg.trainer,
+        of_lightning(cfg.trainer),
         logger=False,
         callbacks=[ResumableLogs(), *callbacks],
         enable_progress_bar=any(isinstance(each, pl.callbacks.ProgressBar) for each in callbacks),
@@ -129,6 +133,15 @@ def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback]) -> pl.Traine
         _convert_="all",
     )
     return trainer
+
+
+def of_lightning(trainer: DictConfig) -> DictConfig:
+    """The trainer's config without the keys that are ours."""
+    node = deepcopy(trainer)
+    with open_dict(node):
+        for key in OWN_KEYS:
+            node.pop(key, None)
+    return node
 
 
 @contextmanager
@@ -149,9 +162,11 @@ def matmul_precision(asked: str | None) -> Iterator[None]:
 
 
 def build_loggers(cfg: DictConfig) -> list[Any]:
-    """Every logger of the group; one that cannot start has said so and is left out."""
+    """Every logger of the group; one that cannot start has said so and is left out, one that dies stops nothing."""
+    from ornstein.experiment.logger_guard import survivable
+
     built = [instantiate(node) for node in (cfg.logger or {}).values() if node and "_target_" in node]
-    return [logger for logger in built if logger is not None]
+    return [survivable(logger) for logger in built if logger is not None]
 
 
 def _jsonable(value: Any) -> Any:

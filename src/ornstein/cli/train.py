@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from ornstein.cli.failures import told_failures
 from ornstein.cli.launch import fail, launch
-from ornstein.errors import OrnsteinError
+from ornstein.errors import OrnsteinError, Pruned
 
 if TYPE_CHECKING:
     from ornstein.experiment import RunDirectory, Summary
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 def main() -> None:
     """Entry point: a fresh run, or with ``resume=FOLDER`` that folder's run, gone on with."""
     from ornstein.cli.resume import prepare_resume
+    from ornstein.cli.together import prepare_ranks
     from ornstein.cli.train_sweep import job_of_sweep, prepare_sweep
 
     try:
         prepare_sweep(sys.argv)
         config_name = prepare_resume(sys.argv)
+        prepare_ranks(sys.argv)
     except OrnsteinError as error:
         fail(error)
     launch(config_name, job_of_sweep(train))
@@ -37,13 +40,21 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     from ornstein.cli.job import needs_processes, run_processes
     from ornstein.cli.resume import check_resumed
+    from ornstein.cli.together import check_processes
     from ornstein.cli.validate import validate
 
     check_resumed(cfg)
     validate(cfg)
+    check_processes(cfg)
     if (processes := needs_processes(cfg)) > 1:
         return run_processes(cfg, processes)
+    with told_failures(cfg):
+        return _run(cfg)
 
+
+def _run(cfg: DictConfig) -> dict[str, float]:
+    """The same, in this process."""
+    from ornstein.cli.batch_size import settle_batch_size
     from ornstein.cli.build import build_callbacks, build_data, build_trainer, matmul_precision
     from ornstein.cli.latents import open_latents
     from ornstein.cli.quiet import quiet_libraries
@@ -52,6 +63,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     quiet_libraries()
     run = open_run_directory(cfg)
+    settle_batch_size(cfg, run)
     set_determinism(int(cfg.seed), deterministic=bool(cfg.trainer.deterministic))
     trainer = build_trainer(cfg, callbacks=build_callbacks(cfg))
     data = build_data(cfg)
@@ -62,8 +74,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     try:
         with run.lock():
             check_checkpoint(cfg, run)
-            with Summary(run) as summary, matmul_precision(cfg.model.get("matmul_precision")):
+            # Told within, so that the summary has the sentence, and around, where it cannot be written.
+            with Summary(run) as summary, told_failures(cfg), matmul_precision(cfg.model.get("matmul_precision")):
                 return _fit(cfg, data, trainer, run, summary)
+    except Pruned as stop:
+        return dict(stop.figures)
     except Preempted as stop:
         stop.hand_over()  # when all that this job writes is written
         raise
@@ -88,7 +103,13 @@ def _fit(cfg: DictConfig, data: Any, trainer: Any, run: RunDirectory, summary: S
     try:
         checkpoint = run.last_checkpoint()
         summary.update(**announce(cfg, module, data, trainer, run, checkpoint))
-        trainer.fit(module, data, ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
+        pruned = None
+        try:
+            trainer.fit(
+                module, data, ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True
+            )
+        except Pruned as stop:
+            pruned = stop
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for callback in trainer.callbacks:
             if hasattr(callback, "summary"):
@@ -102,6 +123,10 @@ def _fit(cfg: DictConfig, data: Any, trainer: Any, run: RunDirectory, summary: S
     finally:
         close_loggers(loggers)
     conclude(run, figures)
+    if pruned is not None:
+        print(pruned)
+        pruned.figures = figures
+        raise pruned
     return figures
 
 

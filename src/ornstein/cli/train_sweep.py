@@ -17,6 +17,7 @@ from ornstein.errors import OrnsteinError
 
 AGAIN = "sweep"  # what resume= says in the jobs of a sweep that is taken up again
 NAMED = 20
+ENDED_WELL = ("finished", "pruned")  # the second in a search
 
 
 class TrainSweep(Callback):
@@ -24,9 +25,13 @@ class TrainSweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Tells of the sweep in ``hydra.sweep.dir``, and that it has failed if a job of it has."""
+        from ornstein.experiment.lock import is_writer
+
+        if not is_writer():
+            return
         folder = Path(str(config.hydra.sweep.dir))
         try:
-            failed = finish(folder)
+            failed = finish(folder, search="study_name" in (config.hydra.sweeper or {}))
         except Exception as error:  # Hydra would make a warning of it
             traceback.print_exc()
             tell(OrnsteinError(f"the report of {folder} could not be written ({error}); every run is there."))
@@ -34,7 +39,7 @@ class TrainSweep(Callback):
         note_failed(failed)
 
 
-def finish(folder: Path) -> dict[str, str]:
+def finish(folder: Path, *, search: bool = False) -> dict[str, str]:
     """Writes the report of a sweep, prints what became of it, and returns the failed jobs with their reasons."""
     from ornstein.experiment.report.page import write_report
 
@@ -42,22 +47,25 @@ def finish(folder: Path) -> dict[str, str]:
     if not jobs:
         return {}
     failed = {str(job.relative_to(folder)): reason for job in jobs if (reason := reason_of(job)) is not None}
-    began = {name for name in failed if (folder / name / "config.yaml").is_file()}
-    never = [{"name": job, "status": "failed", "reason": why} for job, why in failed.items() if job not in began]
-    if len(never) < len(jobs):
-        print(f"report     {write_report(folder, failures=never)}")
-    print(f"sweep      {len(jobs)} jobs, {len(jobs) - len(failed)} finished, {len(failed)} failed, in {folder}")
+    if any((job / "config.yaml").is_file() for job in jobs):
+        told = [{"name": job, "status": "failed", "reason": why} for job, why in failed.items()]
+        print(f"report     {write_report(folder, failures=told)}")
+    pruned = sum(read_json(job / "summary.json").get("status") == "pruned" for job in jobs)
+    ended = f"{len(jobs) - len(failed) - pruned} finished" + (f", {pruned} pruned" if pruned else "")
+    print(f"sweep      {len(jobs)} jobs, {ended}, {len(failed)} failed, in {folder}")
     for job in sorted(failed)[:NAMED]:
         print(f"  job {job} failed: {failed[job]}")
-    if failed:
+    if search:
+        print(f"python train.py -m sweep.resume={folder} hydra.sweeper.n_trials=N     searches on, to N trials in all")
+    elif failed:
         print(f"python train.py -m sweep.resume={folder}     runs what failed or is missing")
     return failed
 
 
 def reason_of(job: Path) -> str | None:
-    """Why a job of a sweep has no finished run; None of one that has."""
+    """Why a job of a sweep has no finished run; None of one that has, or that a search has pruned."""
     summary, failed = read_json(job / "summary.json"), read_json(job / FAILED)
-    if summary.get("status") == "finished":
+    if summary.get("status") in ENDED_WELL:
         return None
     return str(failed.get("error") or summary.get("error") or "it was killed, or never began")
 
@@ -71,8 +79,8 @@ def job_of_sweep(body: Callable[[DictConfig], Any]) -> Callable[[DictConfig], An
             return recorded(body)(cfg)
         folder = Path(str(cfg.paths.run_dir))
         summary = read_json(folder / "summary.json")
-        if summary.get("status") == "finished":
-            print(f"finished   {folder}, nothing to do")
+        if summary.get("status") in ENDED_WELL:
+            print(f"{summary['status']:<10} {folder}, nothing to do")
             return {name: value for name, value in summary.items() if isinstance(value, int | float)}
         (folder / FAILED).unlink(missing_ok=True)
         return recorded(body)(cfg)
@@ -98,12 +106,14 @@ def prepare_sweep(argv: list[str]) -> None:
             f"sweep.resume={named} is no folder of a sweep (it has no multirun.yaml): name one such as "
             "outputs/train/multirun/DATE/TIME."
         )
-    asked = OmegaConf.select(OmegaConf.load(stored), "hydra.overrides")
+    # As they were typed: interpolations among them are of the jobs' configs, not of this file.
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(stored), resolve=False)
+    asked = loaded["hydra"]["overrides"]
     given = [word for word in argv[1:] if word not in ("-m", "--multirun")]
     own = ["hydra.sweep.dir=", "hydra.mode=", "resume="]
     if any(word.startswith("hydra/launcher=") for word in given):  # another one does not know the first one's keys
         own += ["hydra/launcher=", "hydra.launcher."]
-    words = [str(word) for word in [*asked.hydra, *asked.task] if not str(word).startswith(tuple(own))]
+    words = [str(word) for word in [*asked["hydra"], *asked["task"]] if not str(word).startswith(tuple(own))]
     argv[1:] = ["-m", *words, *given, f"hydra.sweep.dir='{folder.resolve()}'", f"resume={AGAIN}"]
 
 

@@ -19,7 +19,7 @@ from ornstein.cli.launch import conf_dir
 from ornstein.errors import OrnsteinError
 
 # Guidance has words of its own.
-_GROUPS = ("sampler", "scheduler", "objective", "model", "conditioner", "codec", "adapter")
+_GROUPS = ("sampler", "scheduler", "objective", "model", "conditioner", "codec", "adapter", "metrics")
 _MAX_KEYS = 16  # listed of an option
 _MAX_OTHERS = 6  # options named that have a key
 _OVERRIDE = re.compile(r"(?P<sign>[+~]{0,2})(?P<key>[A-Za-z_][\w./]*)=(?P<value>.*)", re.DOTALL)
@@ -38,10 +38,12 @@ def check_words(task: str, words: Sequence[str]) -> None:
         OrnsteinError: says which option is meant, or which keys the chosen option has.
     """
     guides.check_words(task, words)
+    _check_searches(words)
     matches = [match for match in map(_OVERRIDE.fullmatch, words) if match is not None]
     for match in matches:
         _check_dots(match)
     _check_shards(matches)
+    _check_lists(matches, words)
     dotted = [match for match in matches if not match["sign"] and match["key"].partition(".")[0] in _GROUPS]
     dotted = [match for match in dotted if "." in match["key"] and "/" not in match["key"]]
     grids = [match for match in matches if match["key"] == "sampler/grid"]
@@ -89,6 +91,34 @@ def _check_shards(matches: Sequence[re.Match[str]]) -> None:
             )
 
 
+def _check_lists(matches: Sequence[re.Match[str]], words: Sequence[str]) -> None:
+    """An option that there is not, in a sweep's list: before the first of its jobs."""
+    if any(word.startswith(("-cd", "--config-dir", "-cp", "--config-path", "hydra.searchpath")) for word in words):
+        return  # options of one's own
+    for match in matches:
+        group, listed = match["key"].partition("@")[0], match["value"].split(",")
+        if len(listed) < 2 or "." in group or group.startswith("hydra/") or not all(map(_OPTION.fullmatch, listed)):
+            continue
+        options = [path.stem for path in _options(group)]
+        # A finished run's own options are called run.
+        unknown = [option for option in listed if option not in (*options, "null", "run")]
+        if options and unknown:
+            near = get_close_matches(unknown[0], options, n=1)
+            meant = f" ({near[0]}?)" if near else ""
+            raise OrnsteinError(
+                f"{match.string}: there is no {group}={unknown[0]}{meant}; it has {', '.join(options)}."
+            )
+
+
+def _check_searches(words: Sequence[str]) -> None:
+    """A search without ``-m`` would be one run, and no search."""
+    asked = next((word for word in words if word.startswith(("hparams_search=", "hydra/sweeper=optuna"))), None)
+    shows = ("-m", "--multirun", "hydra.mode=MULTIRUN", "--cfg", "-c", "--help", "-h", "--info", "-i", "--hydra-help")
+    if asked is None or asked.endswith("=null") or any(word.partition(" ")[0] in shows for word in words):
+        return
+    raise OrnsteinError(f"{asked} searches with -m alone: python train.py -m {asked}.")
+
+
 def _check_key(match: re.Match[str], cfg: DictConfig) -> None:
     """A key that the class at its place is not configured by."""
     path, _, key = match["key"].rpartition(".")
@@ -97,7 +127,8 @@ def _check_key(match: re.Match[str], cfg: DictConfig) -> None:
     # right. A node does not count keys that wait for a value (`???`) as its own; a walk through them does.
     if not isinstance(node, DictConfig) or key in list(node):
         return
-    target = str(node.get("_target_", "ornstein.model" if path.split(".")[0] == "model" else None))
+    # Of these two groups the root is no class's.
+    target = str(node.get("_target_", "ornstein.model" if path.split(".")[0] in ("model", "metrics") else None))
     if not target.startswith("ornstein.") or ".networks.Diffusers" in target:
         return
     group = path.replace(".", "/")

@@ -12,8 +12,8 @@ from ornstein.errors import OrnsteinError
 from ornstein.experiment import atomic
 from ornstein.experiment.lock import FolderLock, is_writer
 
-Status = Literal["running", "finished", "failed", "interrupted"]
-_STATUSES = ("running", "finished", "failed", "interrupted")
+Status = Literal["running", "finished", "failed", "interrupted", "pruned"]
+_STATUSES = ("running", "finished", "failed", "interrupted", "pruned")
 
 
 class RunDirectory:
@@ -128,7 +128,7 @@ class RunDirectory:
         """Write the run's status into ``summary.json``, beside the figures already there.
 
         Raises:
-            ValueError: for a status that is not running, finished, failed or interrupted.
+            ValueError: for a status that is not running, finished, failed, interrupted or pruned.
         """
         if status not in _STATUSES:
             raise ValueError(f"a run's status is one of {', '.join(_STATUSES)}, not {status!r}")

@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+from ornstein.errors import Pruned
 from ornstein.experiment.run_dir import RunDirectory, Status
 
 
@@ -13,7 +14,8 @@ class Summary:
     """Writes ``summary.json``: the run's status, its final figures, what it cost.
 
     Used as a context manager it marks the run ``running``, then ``finished``, ``interrupted`` (Ctrl-C,
-    SIGTERM's ``SystemExit``) or ``failed`` by how the block ends, with wall time and peak memory::
+    SIGTERM's ``SystemExit``), ``pruned`` (by a search) or ``failed`` by how the block ends, with wall time and peak
+    memory::
 
         with Summary(run) as summary:
             ...
@@ -59,7 +61,7 @@ class Summary:
         """Write the last figures and the status. ``error``: one sentence, where there was one.
 
         Raises:
-            ValueError: for a status that is not running, finished, failed or interrupted.
+            ValueError: for a status that is not running, finished, failed, interrupted or pruned.
         """
         self.update(error=error)
         self.run.mark(status)
@@ -76,6 +78,8 @@ class Summary:
         # Lightning's SIGTERMException is a SystemExit without a code too, and no end of the run's own.
         if error is None or (type(error) is SystemExit and not error.code):
             self.finish("finished")
+        elif isinstance(error, Pruned):
+            self.finish("pruned")
         elif isinstance(error, KeyboardInterrupt | SystemExit):
             self.finish("interrupted", error=f"{type(error).__name__}: {error}".rstrip(": "))
         else:
