@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-_COMMANDS = ("train", "sample", "evaluate", "encode", "prepare", "export", "convert", "ema", "report")
+_COMMANDS = ("train", "sample", "evaluate", "encode", "prepare", "export", "convert", "ema", "report", "dashboard")
 
 
 def main() -> None:

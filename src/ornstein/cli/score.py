@@ -16,6 +16,7 @@ from ornstein.cli.reuse import Held, measures_of
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
+    from ornstein.metrics.realism import BestWorst, Extremes
     from ornstein.metrics.report import MetricReport
     from ornstein.training.likelihood import HeldOutLikelihood, Method
     from ornstein.training.module import DiffusionModule
@@ -92,6 +93,7 @@ def score(
     keep: Callable[..., Any] | None = None,
     ranks: Ranks | None = None,
     held: Held | None = None,
+    tell: Callable[[list[list[Any]]], None] | None = None,
 ) -> MetricReport:
     """The figures of ``cfg.num_samples`` samples against the run's training data, and all that decides them.
 
@@ -104,12 +106,15 @@ def score(
         keep: called with (name, dict) to write ``likelihood.json``: every image's bits/dim, and every step's.
         ranks: the processes that share the work, all of which call this; this one alone unless given.
         held: what an earlier call has made already.
+        tell: called with the rows of the table of best and worst samples
+            (:func:`ornstein.training.extremes.extremes_rows`), where they are drawn.
 
     Raises:
         OrnsteinError: too few samples, no feature space, or an option that this run cannot honour.
     """
     from ornstein.cli.progress import bar
     from ornstein.training import scoring
+    from ornstein.training.extremes import judge_of
 
     if ranks is None and cfg.devices != 1:
         raise OrnsteinError("devices= is of the command evaluate.py, which starts processes: leave it out here.")
@@ -120,8 +125,11 @@ def score(
     made = measures_of(cfg, device=module.device, count=len(indices), held=Held() if held is None else held)
     metrics, data = made.metrics, made.data
     bits = likelihood(module, cfg, data.val)
+    judge = judge_of(metrics, data.train) if folder is not None else None
     started = time.perf_counter()
-    drawn = _draw(module, cfg, indices, options, metrics=metrics, dataset=data.train, ranks=ranks, folder=folder)
+    drawn = _draw(
+        module, cfg, indices, options, metrics=metrics, dataset=data.train, ranks=ranks, folder=folder, judge=judge
+    )
     seconds = max(ranks.gather(time.perf_counter() - started))
     with bar("scoring", metrics.ticks() if ranks.first else 0) as advance:
         values = metrics.compute(advance=advance) | dict(drawn.paired)
@@ -132,19 +140,21 @@ def score(
     values["memorised_share"] = float(nearness["share"])
     if folder is not None and ranks.first:
         write_pictures(module, metrics, samples.images, training=data.train, folder=folder / "samples")
+    if judge is not None and folder is not None:
+        _tell_extremes(judge.extremes(), data, folder=folder / "samples" if ranks.first else None, tell=tell)
     if bits is not None:
         values |= bits.values
         if keep is not None:
             keep("likelihood.json", bits.to_dict())
-    averaged = bool(cfg.ema) and cfg.weights == "ema"
+    average = average_of(cfg)
     facts = scoring.sampling_facts(
         module,
         sampler=options["sampler"],
         guidance=options["guidance"],
-        weights="ema" if averaged else "model",
+        weights="model" if average is None else "ema",
         nfe=drawn.nfe,
         seed=int(cfg.seed),
-        ema={str(key): value for key, value in cfg.ema.items() if key != "_target_"} if averaged else None,
+        ema=average,
     )
     report = metrics.report(
         values,
@@ -166,6 +176,7 @@ def _draw(
     dataset: Any,
     ranks: Ranks,
     folder: Path | None,
+    judge: BestWorst | None,
 ) -> Drawn:
     """Draws this process's share into the metrics, and into a file where ``keep_samples`` asks for one."""
     from ornstein.cli.progress import bar
@@ -194,6 +205,7 @@ def _draw(
                 batch_size=int(cfg.batch_size),
                 advance=advance,
                 take=None if kept is None else lambda batch: kept.add(batch.images, batch.labels, batch.index),
+                judge=judge,
             )
         if kept is not None:
             kept.close()
@@ -211,6 +223,38 @@ def _more_facts(cfg: DictConfig) -> dict[str, Any]:
     """What else of the config decides the samples: the grid of times, and the first number."""
     grid = str(OmegaConf.select(cfg, "sampler.grid._target_", default="") or "").rpartition(".")[2]
     return {"grid": grid or None, "first_index": int(cfg.first_index)}
+
+
+def average_of(cfg: DictConfig) -> dict[str, Any] | None:
+    """How the weights that ``weights=`` asks for were averaged, as it stands beside their figures; None: they were not.
+
+    Raises:
+        OrnsteinError: no such weights.
+    """
+    from ornstein.cli.load import power_length
+
+    if (length := power_length(cfg.weights)) is not None:
+        return {"std": length}
+    if not cfg.ema or cfg.weights == "model":
+        return None
+    own = OmegaConf.to_container(cfg.ema, resolve=True)
+    assert isinstance(own, dict)
+    return {str(key): value for key, value in own.items() if key not in ("_target_", "run_dir")}
+
+
+def _tell_extremes(
+    extremes: Extremes, data: Any, *, folder: Path | None, tell: Callable[[list[list[Any]]], None] | None
+) -> None:
+    """Draws the most and the least realistic samples into ``folder``; of no folder (another process's) nothing."""
+    from ornstein.training.extremes import FILE, draw_extremes, extremes_rows
+    from ornstein.training.pictures import save_png
+
+    if folder is None:
+        return
+    options = {"training": data.train, "class_names": getattr(data, "class_names", None) or ()}
+    save_png(draw_extremes(extremes, **options), folder / FILE)
+    if tell is not None:
+        tell(extremes_rows(extremes, **options))
 
 
 def write_pictures(module: DiffusionModule, metrics: Any, images: Any, *, training: Any, folder: Path) -> None:

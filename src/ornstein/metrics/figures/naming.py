@@ -1,9 +1,13 @@
 """What figures are called: by the feature space, and by the number of images where it is too few to compare."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from ornstein.metrics.features import FeatureExtractor
+if TYPE_CHECKING:
+    from ornstein.metrics.features import FeatureExtractor
 
 COUNTED = ("fid", "sfid", "inception_score")
 """The figures whose expectation depends on the number of images."""
