@@ -30,11 +30,15 @@ _AROUND = {
     "ema": ("ornstein.training.ema.", "ornstein.training.power_ema."),
     "callbacks": ("ornstein.training.callbacks.", "lightning.pytorch.callbacks."),
     "logger": ("lightning.pytorch.loggers.",),
-    "trainer": tuple(f"lightning.pytorch.{part}." for part in ("accelerators", "plugins", "profilers", "strategies")),
+    "trainer": (
+        *(f"lightning.pytorch.{part}." for part in ("accelerators", "plugins", "profilers", "strategies")),
+        "ornstein.training.sharding.",
+    ),
 }
 _AROUND_NAMES = (
     "lightning.pytorch.Trainer",
     "ornstein.experiment.CSVLogger",
+    "ornstein.experiment.mlflow_logger",
     "ornstein.experiment.tensorboard_logger",
     "ornstein.experiment.wandb_logger",
     *(f"ornstein.training.lr_schedules.{name}" for name in ("constant", "cosine", "inverse_sqrt", "linear")),

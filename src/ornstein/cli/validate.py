@@ -20,8 +20,10 @@ from ornstein.cli.autoencoder import (
     trains_autoencoder,
     typed_words,
 )
+from ornstein.cli.batch_size import check_batch_size
 from ornstein.cli.buckets import fill_buckets
 from ornstein.cli.check_conditions import check_conditions, targets_of
+from ornstein.cli.check_sharded import check_sharded
 from ornstein.cli.guides import check_guidance
 from ornstein.cli.latents import check_alone, check_latents
 from ornstein.data.options import check_options
@@ -45,7 +47,9 @@ def validate(cfg: DictConfig) -> None:
     # What needs no torch comes first: its sentence comes at once.
     _check_callbacks(cfg)
     _check_loggers(cfg)
+    check_batch_size(cfg)
     _check_precision(cfg)
+    check_sharded(cfg)
     if trains_autoencoder(cfg):
         check_autoencoder(cfg, choices, typed_words())
         _check_training(cfg, choices)
@@ -274,14 +278,17 @@ def _check_callbacks(cfg: DictConfig) -> None:
 
 
 def _check_loggers(cfg: DictConfig) -> None:
-    from ornstein.experiment.logger_options import check_tensorboard, check_wandb_mode
+    from ornstein.experiment.logger_options import check_mlflow, check_tensorboard, check_wandb_mode, check_wandb_model
 
     for node in (cfg.logger or {}).values():
         target = str(node.get("_target_") if node else "")
         if target.endswith(".wandb_logger"):
             check_wandb_mode(node.get("mode"))
+            check_wandb_model(node.get("log_model", False))
         elif target.endswith(".tensorboard_logger"):
             check_tensorboard()
+        elif target.endswith(".mlflow_logger"):
+            check_mlflow(node.get("tracking_uri"))
 
 
 def _check_metrics(cfg: DictConfig) -> None:
