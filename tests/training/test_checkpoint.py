@@ -77,7 +77,7 @@ def test_state_is_complete_for_the_step(fit, tmp_path):
     """The checkpoint of step 4 holds what callbacks did after step 4, though it was listed before them."""
     fit([Checkpoint(tmp_path, every=4, keep_every=True, monitor=None), TrainingLog(every=3)], steps=5)
     state = torch.load(tmp_path / "checkpoints" / "step_000004.ckpt", weights_only=True)
-    assert state["callbacks"]["TrainingLog"]["micro_batches"] == 1
+    assert state["callbacks"]["TrainingLog"]["losses"]["count"] == 1
     assert state["ornstein"]["micro_batches_seen"] == 4
 
 

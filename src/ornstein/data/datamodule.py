@@ -198,19 +198,21 @@ class DataModule(lightning.LightningDataModule):
             _ = self.test
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """A batch on the device. Its tensors go there at once; Lightning's own way searches them for anything nested,
-        which costs as much as several callbacks together, and is left what else a batch holds.
+        """A batch on the device. Its tensors go there at once and captions stay; Lightning's own way searches both for
+        anything nested, which costs as much as several callbacks together, and is left what else a batch holds.
         """
         whole = super().transfer_batch_to_device
         if type(batch) is not dict:
             return whole(batch, device, dataloader_idx)
         behind_the_host = device.type not in ("cpu", "mps")
-        return {
-            key: value.to(device, non_blocking=behind_the_host)
-            if isinstance(value, torch.Tensor)
-            else whole(value, device, dataloader_idx)
-            for key, value in batch.items()
-        }
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(device, non_blocking=behind_the_host)
+            captions = isinstance(value, list) and bool(value) and isinstance(value[0], str)
+            return value if captions else whole(value, device, dataloader_idx)
+
+        return {key: moved(value) for key, value in batch.items()}
 
     def train_dataloader(self) -> Batches:
         """Endless training batches of this rank, from `start_batch` on."""

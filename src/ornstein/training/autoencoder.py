@@ -183,6 +183,10 @@ class AutoencoderModule(TrainingModule):
         if self.discriminator is not None and not self.adversarial:
             self.discriminator.zero_grad(set_to_none=True)
 
+    def clips_by_norm(self) -> bool:
+        """As anywhere without a discriminator; beside one each is clipped by a norm of its own."""
+        return self.discriminator is None and super().clips_by_norm()
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,

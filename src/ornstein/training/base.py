@@ -66,6 +66,8 @@ class TrainingModule(pl.LightningModule, ABC):
         self.micro_batches_seen = 0
         self.images_seen = 0
         self.last_output = None
+        # Of the last optimizer step, before clipping; None where clipping did not take it.
+        self.gradient_norm: Tensor | None = None
         # Told the gradients' norm before each optimizer step, or None where clipping has not taken it.
         self.watch_gradients: Callable[[Tensor | None], None] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -133,9 +135,17 @@ class TrainingModule(pl.LightningModule, ABC):
         Its refusal is meant for a gradient scaler, which a fused optimizer undoes within its step, after the clipping;
         bf16 has none, so there the gradients are what they seem.
         """
-        norm = self._clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.gradient_norm = self._clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if self.watch_gradients is not None:
-            self.watch_gradients(norm)
+            self.watch_gradients(self.gradient_norm)
+
+    def clips_by_norm(self) -> bool:
+        """Whether clipping takes the gradients' norm, which :attr:`gradient_norm` then holds after each step."""
+        plugin, limit = self.trainer.precision_plugin, self.trainer.gradient_clip_val
+        mixed = isinstance(plugin, MixedPrecision) and plugin.scaler is None
+        by_norm = GradClipAlgorithmType(self.trainer.gradient_clip_algorithm or "norm") == GradClipAlgorithmType.NORM
+        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        return bool(limit and limit > 0) and by_norm and (mixed or type(plugin) is Precision) and not sharded
 
     def _clip(
         self, optimizer: torch.optim.Optimizer, limit: float | int | None, algorithm: str | None
@@ -149,7 +159,7 @@ class TrainingModule(pl.LightningModule, ABC):
             return None
         mixed = isinstance(plugin, MixedPrecision) and plugin.scaler is None
         by = GradClipAlgorithmType(algorithm or "norm")
-        if limit and limit > 0 and by == GradClipAlgorithmType.NORM and (mixed or type(plugin) is Precision):
+        if limit is not None and self.clips_by_norm():
             # What the plugin does, which keeps the norm to itself.
             return torch.nn.utils.clip_grad_norm_(list(plugin.main_params(optimizer)), limit)
         if mixed and limit is not None:

@@ -92,6 +92,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self._numbered = False  # whether the state that is written now is kept under its step's name
         self._best: list[tuple[float, int]] = []  # (figure, step), best first
         self._offered: float | None = None
+        # How many figures there were, and which of them is the monitored one.
+        self._names = -1
+        self._name: str | None = None
         self._seen = self._saved = -1
         self._images = 0
         self._between_steps = False
@@ -181,10 +184,12 @@ class Checkpoint(pl.callbacks.Checkpoint):
         """Place among the best (0 is best) of a monitored figure that was logged since the last look, if it has one."""
         if self.monitor is None or self.keep_best == 0:
             return None
-        name = same_figure(self.monitor, trainer.callback_metrics)
-        if name is None:
+        metrics = trainer.callback_metrics
+        if len(metrics) != self._names:  # they only grow in number, and looking through them each step takes time
+            self._names, self._name = len(metrics), same_figure(self.monitor, metrics)
+        if self._name is None:
             return None
-        figure = float(trainer.callback_metrics[name])
+        figure = float(metrics[self._name])
         if figure == self._offered or figure != figure:
             return None
         self._offered = figure
@@ -240,6 +245,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
         averages = state.get("callbacks", {}).get(EMA.__qualname__, {})
         if self.ema_weights and averages.get("network"):
             files.write_averages(files.beside(last), averages, facts=facts)
+        else:  # those of an earlier state, where a run goes on without
+            files.beside(last).unlink(missing_ok=True)
         try:
             files.arrange_best(self.folder, wanted, sources)
             if kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +30,8 @@ LEVEL_NAMES = (
     "above_8",
 )
 
+_AT_ONCE = 128
+
 
 class TrainingLog(pl.Callback):
     """Logs a row every ``every`` optimizer steps, and the loss by noise level every ``levels_every``.
@@ -37,9 +40,9 @@ class TrainingLog(pl.Callback):
     clipping), ``train/lr`` (that this step used), ``train/ema_decay``, ``time/images_per_s``,
     ``time/data_wait_share``, ``time/tflops`` and ``time/mfu`` where they are known, ``system/...`` (see
     :class:`DeviceMeter`); then ``loss_by_log_snr/<bin>``, the mean loss of the examples whose noise level
-    fell in the bin, empty bins left out; and ``effective_batch`` once, at step 0. Sums stay on the device and
-    are read when a row is due; they are part of the checkpoint. The ``time/`` columns need a
-    :class:`Throughput` among the callbacks.
+    fell in the bin, empty bins left out; and ``effective_batch`` once, at step 0. Losses stay on the device
+    until a row is due, which adds them up; those not yet in a row are part of the checkpoint. The ``time/``
+    columns need a :class:`Throughput` among the callbacks.
 
     Args:
         every: optimizer steps between rows.
@@ -56,12 +59,9 @@ class TrainingLog(pl.Callback):
         check_limits("TrainingLog", every=every, levels_every=levels_every)
         self.every, self.levels_every = every, levels_every
         self._seen = -1
-        self._losses = _Sum(1)
-        self._level_losses, self._level_counts = _Sum(len(LEVEL_NAMES)), _Sum(len(LEVEL_NAMES))
+        self._losses, self._levels = _Sum(_loss_sums, vectors=1), _Sum(_level_sums, vectors=2)
         self.history = LevelHistory(len(LEVEL_NAMES))
         self._meter = DeviceMeter()
-        self._micro_batches = 0
-        self._edges, self._bins = torch.tensor(LEVEL_EDGES), torch.arange(len(LEVEL_NAMES))
         self._grad_norm: Tensor | None = None
         self._lr = 0.0
 
@@ -80,10 +80,12 @@ class TrainingLog(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Takes the gradients' norm before they are clipped, on steps that will be logged."""
+        """Takes the gradients' norm on steps that will be logged, unless clipping is about to."""
+        assert isinstance(pl_module, TrainingModule)
         if (trainer.global_step + 1) % self.every == 0:
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._grad_norm = total_norm(gradients)
+            self._grad_norm = None
+            if not pl_module.clips_by_norm():
+                self._grad_norm = total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
             self._lr = float(optimizer.param_groups[0]["lr"])
 
     @torch.no_grad()
@@ -94,14 +96,10 @@ class TrainingLog(pl.Callback):
         assert isinstance(pl_module, TrainingModule)
         output = pl_module.last_output
         assert output is not None
-        self._losses.add(output.loss.detach().float().reshape(1))
-        self._micro_batches += 1
+        # Only kept: to bin and add them up takes a third of a millisecond, which a step need not pay.
+        self._losses.add(output.loss.detach().reshape(1))
         if self.levels_every is not None and isinstance(output, LossOutput):
-            # One-hot sums rather than scattered adds: those have no fixed order on a GPU.
-            level = torch.bucketize(output.log_snr, self._edges_on(output.log_snr.device))
-            member = (level[:, None] == self._bins).float()
-            self._level_losses.add(output.per_sample.float() @ member)
-            self._level_counts.add(member.sum(0))
+            self._levels.add(output.per_sample.detach(), output.log_snr.detach())
         if trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
@@ -109,16 +107,16 @@ class TrainingLog(pl.Callback):
         if due(trainer, self.every):
             row |= self._row(trainer, pl_module)
         if due(trainer, self.levels_every):
-            row |= self._levels(trainer)
+            row |= self._level_row(trainer, pl_module)
         if row:
             record(trainer, row)
 
     def _row(self, trainer: pl.Trainer, module: TrainingModule) -> dict[str, float]:
-        mean = self._losses.take() / self._micro_batches
-        self._micro_batches = 0
-        mean = trainer.strategy.reduce(mean, reduce_op="mean")
-        assert self._grad_norm is not None
-        loss, norm = torch.cat([mean, self._grad_norm.float().reshape(1).to(mean.device)]).tolist()
+        total, count = self._losses.take(module.device)
+        mean = trainer.strategy.reduce((total / count).reshape(1), reduce_op="mean")
+        grad_norm = module.gradient_norm if self._grad_norm is None else self._grad_norm
+        assert grad_norm is not None
+        loss, norm = torch.cat([mean, grad_norm.float().reshape(1).to(mean.device)]).tolist()
         row = {"train/loss": loss, "train/grad_norm": norm, "train/lr": self._lr}
         for averages in callbacks_of(trainer, EMA):
             row["train/ema_decay"] = averages.current_decay()
@@ -127,8 +125,8 @@ class TrainingLog(pl.Callback):
             row |= lap.row()
         return row | self._meter.figures(module.device)
 
-    def _levels(self, trainer: pl.Trainer) -> dict[str, float]:
-        both = torch.stack([self._level_losses.take(), self._level_counts.take()])
+    def _level_row(self, trainer: pl.Trainer, module: TrainingModule) -> dict[str, float]:
+        both = self._levels.take(module.device)
         losses, counts = trainer.strategy.reduce(both, reduce_op="sum").tolist()
         self.history.add(trainer.global_step, losses, counts)
         return {
@@ -137,49 +135,70 @@ class TrainingLog(pl.Callback):
             if count > 0
         }
 
-    def _edges_on(self, device: torch.device) -> Tensor:
-        if self._edges.device != device:
-            self._edges, self._bins = self._edges.to(device), self._bins.to(device)
-        return self._edges
-
     def state_dict(self) -> dict[str, Any]:
-        """Sums since the last rows, and the history of the losses by noise level."""
+        """Losses since the last rows, and the history of the losses by noise level."""
         return {
-            "losses": self._losses.value(),
-            "level_losses": self._level_losses.value(),
-            "level_counts": self._level_counts.value(),
-            "micro_batches": self._micro_batches,
+            "losses": self._losses.state_dict(),
+            "levels": self._levels.state_dict(),
             "history": self.history.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the sums back."""
-        self._losses.set(state_dict["losses"])
-        self._level_losses.set(state_dict["level_losses"])
-        self._level_counts.set(state_dict["level_counts"])
-        self._micro_batches = int(state_dict["micro_batches"])
-        if "history" in state_dict:  # checkpoints of before have none
+        """Takes them back."""
+        if "levels" in state_dict:  # in checkpoints of before there are sums of another form: the next rows begin anew
+            self._losses.load_state_dict(state_dict["losses"])
+            self._levels.load_state_dict(state_dict["levels"])
+        if "history" in state_dict:
             self.history.load_state_dict(state_dict["history"])
 
 
+def _loss_sums(losses: Tensor) -> Tensor:
+    """Sum and number of the losses (N,)."""
+    return torch.stack([losses.sum(), torch.full_like(losses, 1.0).sum()])
+
+
+def _level_sums(per_sample: Tensor, log_snr: Tensor) -> Tensor:
+    """(2, bins): sum and number of the losses (N,) whose log-SNR (N,) fell in each bin."""
+    # One-hot sums rather than scattered adds: those have no fixed order on a GPU.
+    level = torch.bucketize(log_snr, torch.tensor(LEVEL_EDGES, device=log_snr.device))
+    member = (level[:, None] == torch.arange(len(LEVEL_NAMES), device=level.device)).float()
+    return torch.stack([per_sample @ member, member.sum(0)])
+
+
 class _Sum:
-    """A float32 vector (size,) that lives wherever what is added to it lives."""
+    """What ``add_up`` makes of all vectors that were added: called for many at a time, of which few are kept."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._total = torch.zeros(size)
+    def __init__(self, add_up: Callable[..., Tensor], *, vectors: int) -> None:
+        self._add_up, self._vectors = add_up, vectors
+        self._parts: list[tuple[Tensor, ...]] = []
+        self._count = 0
+        self._total: Tensor | None = None
 
-    def add(self, values: Tensor) -> None:
-        if self._total.device != values.device:
-            self._total = self._total.to(values.device)
-        self._total += values
+    def add(self, *values: Tensor) -> None:
+        self._parts.append(values)
+        self._count += 1
+        if self._count % _AT_ONCE == 0:  # at the same counts in a run that was stopped in between
+            self._total = self._sum(values[0].device)
+            self._parts = []
 
-    def take(self) -> Tensor:
-        total, self._total = self._total, torch.zeros_like(self._total)
+    def take(self, device: torch.device) -> Tensor:
+        total = self._sum(device)
+        self._parts, self._count, self._total = [], 0, None
         return total
 
-    def value(self) -> Tensor:
-        return self._total.detach().clone().cpu()
+    def state_dict(self) -> dict[str, Any]:
+        """The sum so far, and what is not in it yet as one vector each."""
+        joined = [torch.cat(column).float().cpu() for column in zip(*self._parts, strict=True)]
+        total = None if self._total is None else self._total.cpu()
+        return {"total": total, "parts": joined, "count": self._count}
 
-    def set(self, values: Tensor) -> None:
-        self._total = values.clone()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them back."""
+        self._total, self._count = state_dict["total"], int(state_dict["count"])
+        self._parts = [tuple(state_dict["parts"])] if state_dict["parts"] else []
+
+    def _sum(self, device: torch.device) -> Tensor:
+        parts = [(torch.zeros(0),) * self._vectors, *self._parts]
+        columns = [torch.cat([part.to(device).float() for part in column]) for column in zip(*parts, strict=True)]
+        added = self._add_up(*columns)
+        return added if self._total is None else self._total.to(device) + added
