@@ -1,6 +1,6 @@
 """Searches: what is drawn, what is refused, and studies that are shared, killed and taken up again.
 
-The objective is a function of one number, so that trials cost nothing; one slow test trains.
+The objective is a function of one number, so that trials cost nothing.
 """
 
 from __future__ import annotations
@@ -230,21 +230,37 @@ def test_a_killed_trial_goes_on_in_its_folder_and_only_what_is_missing_runs(sear
     assert [trial.number for trial in _results.ended(study)] == [i for i in range(before + 2) if i != killed]
 
 
+def trials_in(folder: Path, *, worker: _worker.Worker, n_trials: int) -> _study.Trials:
+    storage = open_storage(place_of(None, folder))
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    return _study.Trials(
+        optuna.create_study(study_name="search", storage=storage, sampler=sampler, load_if_exists=True),
+        storage,
+        space_of("x=interval(0, 1)"),
+        worker=worker,
+        folder=folder,
+        lock_file=folder / "workers" / "ask",
+        n_trials=n_trials,
+    )
+
+
+def test_a_worker_that_cannot_be_seen_is_waited_for(tmp_path: Path) -> None:
+    """A database may be shared where the folder is not. Whoever comes second to tell of a trial hears what was told."""
+    first, second = (trials_in(tmp_path, worker=_worker.Worker(tmp_path / "workers"), n_trials=2) for _ in range(2))
+    with first.worker, second.worker:
+        (asked,) = first.ask(1)
+        first.worker.path.unlink()
+        assert [each.number for each in second.ask(2)] == [1], "the first trial is not taken over"
+        second.prune(asked)
+        assert first.complete(asked, [1.0]).state == optuna.trial.TrialState.PRUNED
+
+
 def test_trials_that_keep_dying_are_given_up(tmp_path: Path) -> None:
-    storage = open_storage(place_of(None, tmp_path))
-    study = optuna.create_study(study_name="search", storage=storage, sampler=optuna.samplers.RandomSampler(seed=0))
     dead = _worker.Worker(tmp_path / "workers")
     with dead:
         pass
-    trials = _study.Trials(
-        study,
-        storage,
-        space_of("x=interval(0, 1)"),
-        worker=dead,
-        folder=tmp_path,
-        lock_file=tmp_path / "workers" / "ask",
-        n_trials=1,
-    )
+    trials = trials_in(tmp_path, worker=dead, n_trials=1)
+    study = trials.study
     for _ in range(1 + _study.RETRIES):
         assert len(trials.ask(1)) == 1
     assert trials.ask(1) == []
@@ -333,6 +349,23 @@ def test_who_lives(tmp_path: Path) -> None:
     assert not _worker.lives(second.path), "its process is dead, which is known at once"
     write_json(second.path, {"host": "another-machine", "pid": gone.pid, "ended": False})
     assert _worker.lives(second.path)
+
+
+def test_a_worker_that_has_ended_calls_no_job_of_another_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ornstein.cli.train_sweep import finish
+
+    for job, status in enumerate(("finished", "pruned", "running", None, "failed")):
+        (tmp_path / str(job) / ".hydra").mkdir(parents=True)
+        (tmp_path / str(job) / ".hydra" / "overrides.yaml").touch()
+        if status is not None:
+            write_json(tmp_path / str(job) / "summary.json", {"status": status, "error": "refused"})
+    with _worker.Worker(tmp_path / ".search"):
+        assert finish(tmp_path, search=True) == {"4": "refused"}
+        assert "5 jobs, 1 finished, 1 pruned, 2 running, 1 failed" in capsys.readouterr().out
+    assert set(finish(tmp_path, search=True)) == {"2", "3", "4"}, "nobody is left to end them"
+    assert "5 jobs, 1 finished, 1 pruned, 3 failed" in capsys.readouterr().out
 
 
 def test_samplers_and_pruners_by_name_and_by_target() -> None:

@@ -48,6 +48,13 @@ REFUSED = [
 ]
 
 
+def test_ranks_do_not_search_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OrnsteinError, match=r"hparams_search=optuna starts the processes of its jobs itself"):
+        check_words("train", ["-m", "hparams_search=optuna"])
+
+
 @pytest.mark.parametrize(("overrides", "words"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_refused_in_one_sentence(overrides: str, words: str) -> None:
     with pytest.raises(OrnsteinError) as caught:

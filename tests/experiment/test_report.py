@@ -35,7 +35,7 @@ def run_folder(folder, *, model="dit", seed=0, fid=1.0, status="finished", error
         json.dumps({"values": {"fid_1k": fid, "kid": fid / 10}, "sampling": {"nfe": 50}, "num_samples": 1000})
     )
     rows = "".join(f"{step},{step * 64},{step / 4},{1 / step},{2 / step},{4 / step}\n" for step in range(10, 210, 10))
-    levels = "loss_by_log_snr/-2_to_0,loss_by_log_snr/0_to_2"
+    levels = "loss_by_log_snr/below_-8,loss_by_log_snr/0_to_2"
     (folder / "metrics.csv").write_text(f"step,images_seen,time/wall_s,train/loss,{levels}\n" + rows)
     for step in steps:
         Image.new("RGB", (16, 16), (seed * 40, step, 0)).save(folder / "samples" / f"step_{step:06}.png")

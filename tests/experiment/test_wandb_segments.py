@@ -16,6 +16,7 @@ import ornstein  # noqa: F401  (first: its torchvision guard lets Lightning be i
 from ornstein.experiment.csv_log import CSVLogger
 from ornstein.experiment.wandb_file import HEADER, read_records, replace_records
 from ornstein.experiment.wandb_log import RunWandbLogger, run_id, wandb_logger
+from ornstein.experiment.wandb_segments import cut_segments
 
 READER = runpy.run_path(str(Path(__file__).with_name("wandb_reader.py")))
 
@@ -128,3 +129,15 @@ def test_online_only_what_it_lacks_is_logged(tmp_path: Path, server: int, expect
     for step in (7, 8):
         logger.log_metrics({"loss": 1.0}, step=step)
     assert run.taken == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "stays"), [(b"", False), (b":W&B\xe1\xbe\x01", False), (b"another form of log", True)]
+)
+def test_only_segments_that_hold_nothing_go(tmp_path: Path, content: bytes, stays: bool) -> None:
+    """A start that was killed before its first record left nothing to sync; what W&B may write in years to come did."""
+    file = tmp_path / "wandb" / "offline-run-1-a" / "run-a.wandb"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    cut_segments(tmp_path, after_step=0, live=tmp_path / "wandb" / "offline-run-2-a")
+    assert file.exists() == stays

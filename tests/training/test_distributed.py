@@ -42,6 +42,7 @@ def test_two_processes_agree_and_one_writes(tmp_path):
         "step_000006.ckpt",
     ]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "best_and_worst.png",
         "nearest_training_images.png",
         "step_000003.png",
         "step_000006.png",

@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ornstein.errors import OrnsteinError
 
 from ._space import Space, Value
-from ._worker import Worker, alone, lives
+from ._worker import DEAD_AFTER_S, Worker, alone, lives
 
 SAMPLERS = ("tpe", "random", "grid")
 RETRIES = 3  # of a trial whose process was killed
@@ -217,7 +218,7 @@ class Trials:
         trials = self.study.get_trials(deepcopy=False)
         retried = {number for trial in trials for number in Retry.retry_history(trial)}
         for trial in trials:
-            if trial.state != TrialState.RUNNING or lives(trial.user_attrs.get(WORKER, "")):
+            if trial.state != TrialState.RUNNING or _worked_on(trial):
                 continue
             tries = len(Retry.retry_history(trial))
             goes_on = tries < RETRIES
@@ -249,9 +250,20 @@ class Trials:
     def _tell(self, number: int, **what: Any) -> FrozenTrial:
         try:
             return self.study.tell(number, **what)
-        except RuntimeError:
-            # A sampler that has nothing left says so by ending an optimize() that there is not; the trial is told.
+        except (RuntimeError, ValueError):
+            # A sampler that has nothing left says so by ending an optimize() that there is not; the trial is told. And
+            # one that was taken for dead finds that another has told it.
             told = self.study.get_trials(deepcopy=False)[number]
             if not told.state.is_finished():
                 raise
             return told
+
+
+def _worked_on(trial: FrozenTrial) -> bool:
+    """Whether a running trial's worker lives. One that has not said who it is yet, or whose file cannot be seen from
+    here, is given as long as one that is silent.
+    """
+    worker = trial.user_attrs.get(WORKER)
+    if worker is not None and Path(worker).is_file():
+        return lives(worker)
+    return trial.datetime_start is not None and (datetime.now() - trial.datetime_start).total_seconds() < DEAD_AFTER_S

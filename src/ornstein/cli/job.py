@@ -28,6 +28,7 @@ JOB = ".job.yaml"
 FAULT = ".fault"  # the first rank's that ran into one; the others die of its absence
 NOTICED = ".noticed"  # the notice that the ranks were stopped by, after a checkpoint
 RANK = ".rank"  # .rank0, .rank1, ...: their process ids
+LEAVE_S = 60.0  # for ranks that end: torchrun gives them half of it
 AGAIN_EVERY_S = 5.0  # between two times that a notice is passed on: before training begins, ranks do not hear it
 
 
@@ -100,6 +101,8 @@ def run_processes(cfg: DictConfig, count: int) -> dict[str, float]:
             code = _wait(running, passing_on)
         finally:
             running.terminate()  # torchrun ends its ranks; nothing, where it has ended
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(timeout=LEAVE_S)
     for path in folder.glob(f"{RANK}*"):
         path.unlink()
     if (folder / NOTICED).is_file():
@@ -144,11 +147,19 @@ def _notices(folder: Path) -> Iterator[_Notices]:
         for name in ("SIGUSR1", "SIGUSR2"):
             number = getattr(signal, name)
             kept.before[number] = signal.signal(number, hear)
+    before = dict(kept.before)
+    # Dying at once would leave the ranks to be killed before they have written their checkpoint.
+    if before and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _leave)
     try:
         yield kept
     finally:
-        for number, handler in kept.before.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def _deaf() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,14 @@ def finish(folder: Path, *, search: bool = False) -> dict[str, str]:
     if not jobs:
         return {}
     failed = {str(job.relative_to(folder)): reason for job in jobs if (reason := reason_of(job)) is not None}
+    running = _of_others(folder, failed) if search else set()
+    failed = {job: why for job, why in failed.items() if job not in running}
     if any((job / "config.yaml").is_file() for job in jobs):
         told = [{"name": job, "status": "failed", "reason": why} for job, why in failed.items()]
         print(f"report     {write_report(folder, failures=told)}")
     pruned = sum(read_json(job / "summary.json").get("status") == "pruned" for job in jobs)
-    ended = f"{len(jobs) - len(failed) - pruned} finished" + (f", {pruned} pruned" if pruned else "")
+    ended = f"{len(jobs) - len(failed) - len(running) - pruned} finished" + (f", {pruned} pruned" if pruned else "")
+    ended += f", {len(running)} running" if running else ""
     print(f"sweep      {len(jobs)} jobs, {ended}, {len(failed)} failed, in {folder}")
     for job in sorted(failed)[:NAMED]:
         print(f"  job {job} failed: {failed[job]}")
@@ -68,6 +72,15 @@ def reason_of(job: Path) -> str | None:
     if summary.get("status") in ENDED_WELL:
         return None
     return str(failed.get("error") or summary.get("error") or "it was killed, or never began")
+
+
+def _of_others(folder: Path, jobs: Iterable[str]) -> set[str]:
+    """Those of a search's jobs that have not ended while another of its workers is at work, who will tell of them."""
+    lives = import_module("hydra_plugins.ornstein_optuna._worker").lives  # by the name that Hydra has of it
+    if not any(map(lives, (folder / ".search").glob("worker_*.json"))):
+        return set()
+    ends = {job: read_json(folder / job / "summary.json").get("status") for job in jobs}
+    return {job for job, end in ends.items() if end in (None, "running") and not (folder / job / FAILED).is_file()}
 
 
 def job_of_sweep(body: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

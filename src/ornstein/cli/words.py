@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli import guides
 from ornstein.cli.launch import conf_dir
+from ornstein.cli.ranks import launched_elsewhere
 from ornstein.errors import OrnsteinError
 
 # Guidance has words of its own.
@@ -111,10 +112,16 @@ def _check_lists(matches: Sequence[re.Match[str]], words: Sequence[str]) -> None
 
 
 def _check_searches(words: Sequence[str]) -> None:
-    """A search without ``-m`` would be one run, and no search."""
+    """A search without ``-m`` would be one run, and no search; each of several ranks would search for itself."""
     asked = next((word for word in words if word.startswith(("hparams_search=", "hydra/sweeper=optuna"))), None)
     shows = ("-m", "--multirun", "hydra.mode=MULTIRUN", "--cfg", "-c", "--help", "-h", "--info", "-i", "--hydra-help")
-    if asked is None or asked.endswith("=null") or any(word.partition(" ")[0] in shows for word in words):
+    if asked is None or asked.endswith("=null"):
+        return
+    if launched_elsewhere():
+        raise OrnsteinError(
+            f"{asked} starts the processes of its jobs itself: leave torchrun or srun out, and say trainer.devices=N."
+        )
+    if any(word.partition(" ")[0] in shows for word in words):
         return
     raise OrnsteinError(f"{asked} searches with -m alone: python train.py -m {asked}.")
 

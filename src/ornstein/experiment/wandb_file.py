@@ -21,6 +21,13 @@ _BLOCK, _HEAD = 32 * 1024, 7
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
+def is_segment(path: Path) -> bool:
+    """Whether a file is of the form that is read here, or has not got so far as to have one. Raises ``OSError``."""
+    with path.open("rb") as file:
+        start = file.read(len(_MAGIC))
+    return _MAGIC.startswith(start)
+
+
 def read_records(path: Path) -> Iterator[bytes]:
     """The bodies of the whole records in a file; what a killed writer left torn ends it. Raises ``OSError``."""
     data = path.read_bytes()

@@ -227,7 +227,7 @@ class RunWandbLogger(WandbLogger):
             # Its service is gone: the next run of this process gets another, and nothing is asked of this one at exit.
             with suppress(Exception):
                 sys.modules["wandb"].teardown()
-        _warn(f"W&B {what} ({_reason(error)}): this run goes on without it, metrics.csv has everything")
+        _warn(f"W&B {what} ({_reason(error)}): this run goes on without it")
         return dummy
 
     def _guarded(self, log: Callable[[], Any]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ornstein.errors import OrnsteinError
 from ornstein.experiment.metrics_file import STEP, read_metrics
-from ornstein.experiment.wandb_file import read_records, replace_records
+from ornstein.experiment.wandb_file import is_segment, read_records, replace_records
 
 GLOBAL_STEP = "trainer/global_step"
 _LOST = Path("wandb") / "lost"
@@ -57,7 +57,7 @@ def cut_segments(run_dir: Path, *, after_step: int, live: Path) -> Logged:
         bodies = list(read_records(file))
         kept = list(_kept(bodies, after_step, logged))
         _find_lost(file.parent / "files" / "media", after_step, logged, keep=run_dir / _LOST)
-        if not kept:
+        if not kept and is_segment(file):  # what another version of W&B wrote is let be
             shutil.rmtree(file.parent)
         elif len(kept) < len(bodies):
             replace_records(file, kept)

@@ -165,6 +165,7 @@ def write_snapshot(state: Mapping[str, Tensor], path: Path, *, facts: Mapping[st
             )
         except SafetensorError as error:  # what it makes of a full disk
             raise OSError(28, str(error)) from error
+        partial.chmod(0o644)  # safetensors' own files are nobody else's to read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
