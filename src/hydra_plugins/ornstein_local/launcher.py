@@ -77,11 +77,13 @@ if _Joblib is not None:
             try:
                 (found,) = super().launch([overrides], number)
             except UncompletedJobError as error:
-                from ornstein.cli.lost import folder_of, tell_lost
+                from ornstein.cli.lost import folder_of, tell_lost, word_of
 
                 told = [line for line in str(error).splitlines() if line.strip()]
                 log.error("job %d left no result", number)
-                return tell_lost(folder_of(self, overrides, number), f"it left no result: {' '.join(told[:2])}")
+                folder = folder_of(self, overrides, number)
+                known = word_of(folder)  # killed after its end
+                return known if known is not None else tell_lost(folder, f"it left no result: {' '.join(told[:2])}")
             return found
 
 

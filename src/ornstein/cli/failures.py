@@ -24,7 +24,10 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 # What draws samples rather than trains, by the files that stand in an error's traceback.
-_DRAWING = ("generate.py", "sample_grid.py", "trajectory.py", "evaluation.py", "scoring.py", "reconstruction.py")
+_DRAWING = (
+    *("generate.py", "sample_grid.py", "trajectory.py", "evaluation.py", "scoring.py"),
+    *("reconstruction.py", "codec_grid.py"),
+)
 
 
 @contextmanager

@@ -24,6 +24,8 @@ def trial_callbacks() -> list[pl.Callback]:
     cfg: Any = HydraConfig.instance().cfg
     trial = OmegaConf.select(cfg, "hydra.sweeper.trial", default=None)
     monitor = OmegaConf.select(cfg, "hydra.sweeper.monitor", default=None)
+    if OmegaConf.is_list(monitor) and len(monitor) == 1:
+        monitor = monitor[0]
     # Optuna prunes by one figure.
     if trial is None or not isinstance(monitor, str) or OmegaConf.select(cfg, "hydra.sweeper.pruner") is None:
         return []
