@@ -38,9 +38,9 @@ def ran(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def runs_in(folder: Path, task: str = "train") -> list[Path]:
-    return sorted(
-        path.parent for path in (folder / "outputs" / task).rglob("config.yaml") if path.parent.name != ".hydra"
-    )
+    # Hydra and W&B's artifact keep a config.yaml of their own.
+    found = (path.parent for path in (folder / "outputs" / task).rglob("config.yaml"))
+    return sorted(place for place in found if place.name not in (".hydra", "artifacts"))
 
 
 def summary_of(run: Path) -> dict[str, Any]:

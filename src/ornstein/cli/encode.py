@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,10 +252,11 @@ def _announce(recipe: Recipe, out: Path, device: torch.device) -> None:
 def remove_empty(folder: Path, *, root: Path) -> None:
     """Removes the run folder that Hydra made, which holds nothing here, and below the outputs' root those above it."""
     remove_untouched(folder)
-    for above in folder.parents:
-        if root.absolute() not in above.parents or not above.is_dir() or any(above.iterdir()):
-            return
-        above.rmdir()
+    with suppress(OSError):  # not empty any more, or gone: another command was here
+        for above in folder.parents:
+            if root.absolute() not in above.parents or any(above.iterdir()):
+                return
+            above.rmdir()
 
 
 if __name__ == "__main__":

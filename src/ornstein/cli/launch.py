@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -157,10 +157,19 @@ def note_failed(jobs: Iterable[str]) -> None:
 
 
 def remove_untouched(folder: Path) -> None:
-    """Removes the folder that Hydra made for a run that never began; one that holds more than Hydra's own stays."""
+    """Removes the folder that Hydra made for a run that never began; one that holds more than Hydra's own stays.
+
+    Two commands of one second have one such folder, and may both be about to remove it.
+    """
     own = {".hydra", f"{HydraConfig.get().job.name}.log"}
-    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= own:
-        shutil.rmtree(folder)
+    with suppress(FileNotFoundError):
+        if {entry.name for entry in folder.iterdir()} <= own:
+            shutil.rmtree(folder, onerror=_unless_gone)
+
+
+def _unless_gone(function: Any, path: str, error: Any) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
 
 
 def _may_go_on() -> bool:
