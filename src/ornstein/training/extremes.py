@@ -24,7 +24,7 @@ _ACROSS = 8  # samples side by side
 _GROUND, _INK, _SOFT = (32, 32, 36), (235, 235, 235), (165, 165, 172)
 _GAP, _LINE, _HEAD, _FONT = 10, 15, 34, 12
 _TITLES = {
-    "best": "most realistic samples, each above its nearest training image (R ≥ 1: among real images)",
+    "best": "most realistic samples, each above its nearest training image (R of 1 and above: among real images)",
     "worst": "least realistic samples, each above its nearest training image",
 }
 
