@@ -118,12 +118,14 @@ def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback]) -> pl.Traine
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from ornstein.experiment import AtomicCheckpointIO, ResumableLogs
+    from ornstein.training.profiling import Unprofiled
 
     if not cfg.trainer.get("enable_progress_bar", True):
         callbacks = [each for each in callbacks if not isinstance(each, pl.callbacks.ProgressBar)]
     on_slurm = SLURMEnvironment.detect() and "TORCHELASTIC_RUN_ID" not in os.environ
     trainer: pl.Trainer = instantiate(
         of_lightning(cfg.trainer),
+        **({} if cfg.trainer.get("profiler") else {"profiler": Unprofiled()}),
         logger=False,
         callbacks=[ResumableLogs(), *callbacks],
         enable_progress_bar=any(isinstance(each, pl.callbacks.ProgressBar) for each in callbacks),
