@@ -28,10 +28,15 @@ function drawCurves() {
   const x = $("curve-x").value, share = +$("smooth").value, type = $("curve-log").checked ? "log" : "linear";
   const holder = $("curve-plots");
   [...holder.children].filter((panel) => !drawnCurves.has(panel.dataset.curve)).forEach((panel) => { Plotly.purge(panel); panel.remove(); });
-  curveNames.filter((name) => drawnCurves.has(name)).forEach((y) => {
+  const drawn = curveNames.filter((name) => drawnCurves.has(name));
+  // All of them stand in their columns before any is drawn: a drawing takes the width that its panel has at that time.
+  drawn.forEach((y) => {
     let panel = [...holder.children].find((each) => each.dataset.curve === y);
     if (!panel) { panel = make("div", { className: "plot" }); panel.dataset.curve = y; }
     holder.append(panel);
+  });
+  drawn.forEach((y) => {
+    const panel = [...holder.children].find((each) => each.dataset.curve === y);
     const traces = shown().filter((run) => run.curves[y] && run.curves[x]).map((run) => {
       const rows = run.curves[y].map((value, at) => [run.curves[x][at], value]).filter(([a, b]) => a !== null && b !== null);
       return { type: "scatter", mode: rows.length < 40 ? "lines+markers" : "lines", name: run.name, line: { color: run.colour, width: 1.6 }, marker: { size: 4 },
