@@ -118,7 +118,7 @@ def test_ctrl_c_ends_the_step_and_writes_it(fit, tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once_without_writing(fit, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
     twice = [Signal(signal.SIGINT, step=3), Signal(signal.SIGINT, step=3)]
     with pytest.raises(SystemExit):
         fit([Checkpoint(tmp_path, every=2), *twice], steps=6)
