@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ornstein.cli.pairs import read_pairs, run_command
 from ornstein.errors import OrnsteinError
 
 if TYPE_CHECKING:
@@ -57,15 +57,7 @@ class Request:
 
 def main() -> None:
     """Entry point."""
-    from ornstein.cli.launch import fail
-
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(HELP, end="")
-        return
-    try:
-        make(parse(sys.argv[1:]))
-    except OrnsteinError as error:
-        fail(error)
+    run_command(lambda words: make(parse(words)), help_text=HELP)
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -76,12 +68,7 @@ def parse(words: Sequence[str]) -> Request:
     """
     from ornstein.experiment.dashboard.keys import AXES
 
-    given: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in KEYS:
-            raise OrnsteinError(f"{word} is not known here; python -m ornstein.cli.dashboard --help lists the keys.")
-        given[key] = value.strip("'\"")
+    given = read_pairs(words, KEYS, command="ornstein.cli.dashboard")
     if "upload" in given and (other := next((key for key in given if key not in _OF_UPLOAD), None)):
         raise OrnsteinError(f"{other}= does not go with upload=, which sends what is in the folder: leave it out.")
     if not given.get("project") and not given.get("upload"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
 
+from ornstein.cli.pairs import read_pairs, run_command
 from ornstein.errors import OrnsteinError
 
 HELP = """usage: python -m ornstein.cli.ema run=FOLDER [std=0.05,0.1,0.15] [step=N] [out=FOLDER]
@@ -36,15 +36,7 @@ class Request:
 
 def main() -> None:
     """Entry point."""
-    from ornstein.cli.launch import fail
-
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(HELP, end="")
-        return
-    try:
-        make(parse(sys.argv[1:]))
-    except OrnsteinError as error:
-        fail(error)
+    run_command(lambda words: make(parse(words)), help_text=HELP)
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -53,12 +45,7 @@ def parse(words: Sequence[str]) -> Request:
     Raises:
         OrnsteinError: an unknown key, no run, or what should be a number and is none.
     """
-    given: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in ("run", "std", "step", "out"):
-            raise OrnsteinError(f"{word} is not known here; python -m ornstein.cli.ema --help lists the keys.")
-        given[key] = value.strip("'\"")
+    given = read_pairs(words, ("run", "std", "step", "out"), command="ornstein.cli.ema")
     if "run" not in given:
         raise OrnsteinError("run= is missing: add run=outputs/train/<date>/<time> say.")
     try:
