@@ -245,3 +245,12 @@ def test_describe_needs_no_torch() -> None:
     code = f"import sys, ornstein.data.describe; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_reading_without_workers_gives_what_torch_would_give():
+    """Without workers the loader is passed over; the batches are its own, tensor by tensor."""
+    module = made("digits", batch_size=5)
+    batches = module.train_dataloader()
+    for ours, theirs in zip(islice(batches, 400), batches.loader, strict=False):
+        assert ours.pop("caption") == theirs.pop("caption")
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

@@ -85,7 +85,7 @@ def test_partial_sums_survive_a_stop(fit, rows, tmp_path):
     fit([TrainingLog(every=4, levels_every=5), Checkpoint(tmp_path, monitor=None)], steps=7, logger=first)
     last = tmp_path / "checkpoints" / "last.ckpt"
     sums = torch.load(last, weights_only=True)["callbacks"]["TrainingLog"]
-    assert sums["losses"]["count"] == 3 and [len(part) for part in sums["levels"]["parts"]] == [2 * 4, 2 * 4]
+    assert sums["losses"]["count"] == 3 and [len(part) for part in sums["levels"]["parts"]] == [2 * 4] * 3
     fit([TrainingLog(every=4, levels_every=5)], steps=10, logger=second, ckpt=last)
     assert {**first.without_times(), **second.without_times()} == whole.without_times()
     assert sorted(second.rows) == [8, 10]
@@ -99,17 +99,25 @@ def test_refuses(options):
 
 def test_many_losses_are_added_up_alike_in_a_stopped_run():
     """300 steps of 3 losses, two sums made on the way: stopped after any number of them, the bits are the same."""
-    vectors = list(torch.rand(300, 2, 3, generator=torch.Generator().manual_seed(0)) * 4 - 2)
-    whole = _Sum(_level_sums, vectors=2)
-    for per_sample, log_snr in vectors:
-        whole.add(per_sample, log_snr)
+    vectors = list(torch.rand(300, 3, 3, generator=torch.Generator().manual_seed(0)))
+    whole = _Sum(_level_sums, vectors=3)
+    for step in vectors:
+        whole.add(*step)
     device = torch.device("cpu")
     wanted = whole.take(device)
     assert wanted[1].sum() == 900 and torch.equal(whole.take(device), torch.zeros_like(wanted))
     for stop in (1, 127, 128, 130, 256, 299):
-        first, second = _Sum(_level_sums, vectors=2), _Sum(_level_sums, vectors=2)
-        for number, (per_sample, log_snr) in enumerate(vectors):
+        first, second = _Sum(_level_sums, vectors=3), _Sum(_level_sums, vectors=3)
+        for number, step in enumerate(vectors):
             if number == stop:
                 second.load_state_dict(first.state_dict())
-            (first if number < stop else second).add(per_sample, log_snr)
+            (first if number < stop else second).add(*step)
         assert torch.equal(second.take(device), wanted), stop
+
+
+def test_an_older_checkpoint_is_read_without_what_it_had_not_added_up():
+    """It held log-SNRs where alphas and sigmas stand now; its sum stays."""
+    older = {"total": torch.ones(2, 10), "parts": [torch.rand(4), torch.rand(4)], "count": 129}
+    sums = _Sum(_level_sums, vectors=3)
+    sums.load_state_dict(older)
+    assert torch.equal(sums.take(torch.device("cpu")), older["total"])

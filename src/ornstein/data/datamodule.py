@@ -49,6 +49,10 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches in the sampler's order, whatever becomes of the workers."""
+        if self.loader.num_workers == 0 and not self.loader.pin_memory:
+            # What the loader would do, without what it asks and notes around each batch.
+            dataset: Any = self.loader.dataset
+            return (dataset[rows] for rows in self.loader.sampler)
         return plainly(surviving(lambda: iter(self.loader), self._again))
 
     def _again(self, given: int) -> Iterator[dict[str, Any]]:

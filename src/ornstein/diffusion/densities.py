@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
@@ -67,8 +68,13 @@ class _Stratified:
         if self.low_discrepancy == "shared":
             u = u[:1]
         total = size * noise.world_size
-        strata = torch.arange(size, device=device) * noise.world_size + noise.rank
-        return ((strata + u) / total).clamp(max=1 - 2**-24)
+        return ((_strata(size, noise.world_size, noise.rank, device) + u) / total).clamp(max=1 - 2**-24)
+
+
+@lru_cache(maxsize=8)
+def _strata(size: int, world_size: int, rank: int, device: torch.device) -> Tensor:
+    """(size,) float32 numbers of a rank's strata: every step's are the same."""
+    return (torch.arange(size, device=device) * world_size + rank).float()
 
 
 class UniformTime(_Stratified):

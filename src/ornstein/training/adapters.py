@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ornstein.errors import OrnsteinError
+from ornstein.training.callback import Callback
 from ornstein.training.module import DiffusionModule
 from ornstein.training.sharding import gathered
 
@@ -126,7 +127,7 @@ class Lora:
         return tuple(each for each in fitting if any(_ends(each, name) for name in self.target_modules))
 
 
-class AdapterFiles(pl.Callback):
+class AdapterFiles(Callback):
     """Writes ``adapter/`` of the run whenever a checkpoint is written: averaged adapters where there are averages.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -124,6 +124,17 @@ class TrainingModule(pl.LightningModule, ABC):
             "lr_scheduler": {"scheduler": self._lr_schedule(optimizer), "interval": "step"},
         }
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Forgets the gradients; at once where the optimizer would do no more than that.
+
+        torch's own way asks for each parameter what is to be done with it, which takes as long as a small layer.
+        """
+        if type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
+            return super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -141,29 +152,26 @@ class TrainingModule(pl.LightningModule, ABC):
 
     def clips_by_norm(self) -> bool:
         """Whether clipping takes the gradients' norm, which :attr:`gradient_norm` then holds after each step."""
-        plugin, limit = self.trainer.precision_plugin, self.trainer.gradient_clip_val
-        mixed = isinstance(plugin, MixedPrecision) and plugin.scaler is None
-        by_norm = GradClipAlgorithmType(self.trainer.gradient_clip_algorithm or "norm") == GradClipAlgorithmType.NORM
-        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
-        return bool(limit and limit > 0) and by_norm and (mixed or type(plugin) is Precision) and not sharded
+        trainer = self.trainer
+        plugin, limit, algorithm = trainer.precision_plugin, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        unscaled = type(plugin) is Precision or (isinstance(plugin, MixedPrecision) and plugin.scaler is None)
+        by_norm = algorithm is None or algorithm == GradClipAlgorithmType.NORM
+        return bool(limit and limit > 0) and by_norm and unscaled and not isinstance(trainer.strategy, ShardedStrategy)
 
     def _clip(
         self, optimizer: torch.optim.Optimizer, limit: float | int | None, algorithm: str | None
     ) -> Tensor | None:
         """The gradients' norm before clipping, where that had to be taken."""
         plugin, strategy = self.trainer.precision_plugin, self.trainer.strategy
-        if isinstance(strategy, ShardedStrategy):
-            if limit is not None:
-                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                strategy.clip_gradients(parameters, limit, by=str(algorithm or "norm"))
-            return None
-        mixed = isinstance(plugin, MixedPrecision) and plugin.scaler is None
-        by = GradClipAlgorithmType(algorithm or "norm")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if limit is not None and self.clips_by_norm():
             # What the plugin does, which keeps the norm to itself.
-            return torch.nn.utils.clip_grad_norm_(list(plugin.main_params(optimizer)), limit)
-        if mixed and limit is not None:
-            Precision.clip_gradients(plugin, optimizer, limit, by)
+            return clip_by_norm(parameters, limit)
+        if isinstance(strategy, ShardedStrategy):
+            if limit is not None:
+                strategy.clip_gradients(parameters, limit, by=str(algorithm or "norm"))
+        elif limit is not None and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            Precision.clip_gradients(plugin, optimizer, limit, GradClipAlgorithmType(algorithm or "norm"))
         else:
             self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
         return None
@@ -183,3 +191,24 @@ class TrainingModule(pl.LightningModule, ABC):
         self.images_seen = int(state["images_seen"])
         if self._trainer is not None and getattr(self.trainer, "datamodule", None) is not None:
             self.trainer.datamodule.start_batch = self.micro_batches_seen  # type: ignore[attr-defined]
+
+
+def clip_by_norm(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """Scales the gradients of ``parameters`` so that their norm, over all of them, is at most ``limit``: torch's
+    ``clip_grad_norm_`` to the bit.
+
+    On the CPU gradients that are small enough are left alone, not multiplied by 1; elsewhere the host would have to
+    wait to know that they are.
+
+    Returns:
+        The norm before, scalar.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients or gradients[0].device.type != "cpu":  # one device holds them all
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    # torch's own sorts them by device and dtype first, which takes longer than the norms of a small network.
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    # Not "limit < norm": torch divides by a little more than the norm, and nan must go through.
+    if not limit / (norm.item() + 1e-6) >= 1:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

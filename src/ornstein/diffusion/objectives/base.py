@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ornstein.diffusion.densities import AdaptiveTimeDensity, TimeDensity, Unifo
 from ornstein.diffusion.distances import L2, Distance
 from ornstein.diffusion.parameterizations import Parameterization
 from ornstein.diffusion.schedules import Level, NoiseSchedule, Scalar
+from ornstein.diffusion.schedules.base import log_snr_of
 from ornstein.diffusion.weightings import Simple, Weighting
 
 
@@ -29,16 +31,25 @@ class LossOutput:
     Attributes:
         loss: scalar, the mean of ``per_sample``.
         per_sample: (B,) detached weighted losses.
-        t: (B,) times drawn.
-        log_snr: (B,) log-SNR at those times, detached.
+        level: where the examples were, at the times drawn; a learned schedule's with its gradient.
         terms: named scalars that add up to the loss, detached; empty where it has only one.
     """
 
     loss: Tensor
     per_sample: Tensor
-    t: Tensor
-    log_snr: Tensor
+    level: Level
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def t(self) -> Tensor:
+        """(B,) times drawn."""
+        return torch.as_tensor(self.level.t).reshape(-1)
+
+    @property
+    def log_snr(self) -> Tensor:
+        """(B,) log-SNR at those times, detached; reckoned when asked for, which few steps do."""
+        alpha, sigma = (torch.as_tensor(scale).detach().reshape(-1) for scale in (self.level.alpha, self.level.sigma))
+        return log_snr_of(alpha, sigma).expand(len(self.per_sample))
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,8 @@ class Objective(nn.Module):
             )
         self.parameterization = parameterization
         self.time_density = time if time is not None else UniformTime()
+        # Asked once: to compare an object with a protocol takes as long as ten small operations.
+        self._adapts = isinstance(self.time_density, AdaptiveTimeDensity)
         self.distance = distance if distance is not None else L2()
         self.weighting = weighting if weighting is not None else Simple()
         self.coupling = coupling if coupling is not None else Independent()
@@ -149,22 +162,15 @@ class Objective(nn.Module):
         output = denoiser.bind(cond).output(drawn.x_t, drawn.level)
         losses = self.losses(denoiser.schedule, output, x0, drawn, noise)
         timed, steady = dict(losses.timed), dict(losses.steady)
-        if isinstance(self.time_density, AdaptiveTimeDensity):
-            importance = self.time_density.importance(drawn.time)
-            self.time_density.update(drawn.time, _total(timed).detach())
+        if self._adapts:
+            density = cast(AdaptiveTimeDensity, self.time_density)
+            importance = density.importance(drawn.time)
+            density.update(drawn.time, _total(timed).detach())
             timed = {name: value * importance for name, value in timed.items()}
         parts = timed | steady
         per_sample = _total(parts)
         terms = {name: value.detach().mean() for name, value in parts.items()} if len(parts) > 1 else {}
-        level, size = drawn.level, x0.shape[0]
-        log_snr = 2 * (torch.log(torch.as_tensor(level.alpha)) - torch.log(torch.as_tensor(level.sigma)))
-        return LossOutput(
-            per_sample.mean(),
-            per_sample.detach(),
-            torch.as_tensor(level.t).reshape(-1),
-            log_snr.detach().reshape(-1).expand(size),
-            terms,
-        )
+        return LossOutput(per_sample.mean(), per_sample.detach(), drawn.level, terms)
 
     def draw(self, schedule: NoiseSchedule, x0: Tensor, noise: TrainingNoise) -> Drawn:
         """Times, noise paired with its data, and x_t."""

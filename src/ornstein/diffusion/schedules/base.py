@@ -102,7 +102,7 @@ class NoiseSchedule(nn.Module, ABC):
     def log_snr(self, t: Scalar) -> Tensor:
         """2 ln(alpha / sigma) at ``t``, same shape; +inf where sigma = 0, -inf where alpha = 0."""
         alpha, sigma, _, _ = self._at(t)
-        return 2 * (torch.log(alpha) - torch.log(sigma))
+        return log_snr_of(alpha, sigma)
 
     def d_log_snr(self, t: Scalar) -> Tensor:
         """Derivative of :meth:`log_snr` with respect to t (never positive), same shape."""
@@ -155,6 +155,11 @@ class NoiseSchedule(nn.Module, ABC):
         """The kernels q(x_t | x_s) and q(x_s | x_t, x0) for s < t, in float64."""
         t64, s64 = (torch.as_tensor(v, dtype=torch.float64) for v in (t, s))
         return transition_between(self.level(t64), self.level(s64))
+
+
+def log_snr_of(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """2 ln(alpha / sigma), same shape; +inf where sigma = 0, -inf where alpha = 0."""
+    return 2 * (torch.log(alpha) - torch.log(sigma))
 
 
 def at_least_float32(t: Scalar) -> Tensor:

@@ -47,34 +47,37 @@ class BetaSchedule(Modifiable):
                 raise ValueError("scheduler.zero_terminal_snr=true needs num_timesteps of at least 2: one must stay.")
             table = _faded(table)
         # Not buffers: a module cast to half precision would round the table.
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {(table.device, table.dtype): table}
+        self._table = table
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.num_timesteps = betas.numel()
         self.zero_terminal_snr = bool(zero_terminal_snr)
 
-    def _log_alpha_bar_table(self, like: Tensor) -> Tensor:
-        """The table of ln alpha_bar at i/T, (T + 1,); with zero terminal SNR the last entry repeats the one before."""
+    def _log_alpha_bar_table(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The table of ln alpha_bar at i/T, (T + 1,), and its steps (T,); with zero terminal SNR the last entry repeats
+        the one before.
+        """
         key = (like.device, like.dtype)
         if key not in self._tables:
-            self._tables[key] = next(iter(self._tables.values())).to(device=like.device, dtype=like.dtype)
+            table = self._table.to(device=like.device, dtype=like.dtype)
+            self._tables[key] = (table, table.diff())
         return self._tables[key]
 
     def alphas_cumprod(self) -> Tensor:
         """alpha_bar at the T grid points t = (i + 1)/T, (T,) float64."""
-        table = next(iter(self._tables.values()))
+        table = self._table
         if not self.zero_terminal_snr and self._noise_factor == 1.0:
             return table[1:].exp()
         steps = torch.arange(1, self.num_timesteps + 1, dtype=torch.float64, device=table.device)
         return self.coefficients(steps / self.num_timesteps)[0] ** 2
 
     def curve(self, t: Tensor) -> Coefficients:
-        table = self._log_alpha_bar_table(t)
+        table, slopes = self._log_alpha_bar_table(t)
         position = t * self.num_timesteps
         # A grid point belongs to the cell on its left, whose beta it is, also when t was rounded to float32:
         # at a kink, slopes left and right differ up to fivefold (cosine's last).
         slack = 4 * torch.finfo(t.dtype).eps * self.num_timesteps
         cell = (position - slack).ceil().sub(1).clamp(0, self.num_timesteps - 1).long()
-        left = table[cell]
-        slope = table[cell + 1] - left
+        left, slope = table[cell], slopes[cell]
         log_alpha_bar = left + (position - cell).clamp(max=1) * slope
         d_log_alpha_bar = slope * self.num_timesteps
         alpha = torch.exp(0.5 * log_alpha_bar)
@@ -95,7 +98,7 @@ class BetaSchedule(Modifiable):
         return alpha, sigma, d_alpha, -alpha * d_alpha / sigma
 
     def curve_time(self, log_snr: Tensor) -> Tensor:
-        table = self._log_alpha_bar_table(log_snr)
+        table, _ = self._log_alpha_bar_table(log_snr)
         cells = self.num_timesteps - 1 if self.zero_terminal_snr else self.num_timesteps
         wanted = -softplus(-log_snr, threshold=torch.inf)
         log_alpha_bar = -((-wanted).clamp(max=-table[-1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ornstein.diffusion.objectives import LossOutput
+from ornstein.diffusion.schedules.base import log_snr_of
 from ornstein.training.base import TrainingModule
+from ornstein.training.callback import Callback
 from ornstein.training.callbacks.device_stats import DeviceMeter
 from ornstein.training.callbacks.level_history import LevelHistory
 from ornstein.training.callbacks.lookup import callbacks_of
@@ -33,7 +35,7 @@ LEVEL_NAMES = (
 _AT_ONCE = 128
 
 
-class TrainingLog(pl.Callback):
+class TrainingLog(Callback):
     """Logs a row every ``every`` optimizer steps, and the loss by noise level every ``levels_every``.
 
     ``train/loss`` (mean over all micro-batches since the last row), ``train/grad_norm`` (of this step, before
@@ -59,7 +61,7 @@ class TrainingLog(pl.Callback):
         check_limits("TrainingLog", every=every, levels_every=levels_every)
         self.every, self.levels_every = every, levels_every
         self._seen = -1
-        self._losses, self._levels = _Sum(_loss_sums, vectors=1), _Sum(_level_sums, vectors=2)
+        self._losses, self._levels = _Sum(_loss_sums, vectors=1), _Sum(_level_sums, vectors=3)
         self.history = LevelHistory(len(LEVEL_NAMES))
         self._meter = DeviceMeter()
         self._grad_norm: Tensor | None = None
@@ -97,9 +99,11 @@ class TrainingLog(pl.Callback):
         output = pl_module.last_output
         assert output is not None
         # Only kept: to bin and add them up takes a third of a millisecond, which a step need not pay.
-        self._losses.add(output.loss.detach().reshape(1))
+        self._losses.add(output.loss.detach())
         if self.levels_every is not None and isinstance(output, LossOutput):
-            self._levels.add(output.per_sample.detach(), output.log_snr.detach())
+            level = output.level
+            scales = (torch.as_tensor(scale).detach() for scale in (level.alpha, level.sigma))
+            self._levels.add(output.per_sample, *scales)
         if trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
@@ -157,8 +161,9 @@ def _loss_sums(losses: Tensor) -> Tensor:
     return torch.stack([losses.sum(), torch.full_like(losses, 1.0).sum()])
 
 
-def _level_sums(per_sample: Tensor, log_snr: Tensor) -> Tensor:
-    """(2, bins): sum and number of the losses (N,) whose log-SNR (N,) fell in each bin."""
+def _level_sums(per_sample: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """(2, bins): sum and number of the losses (N,) whose log-SNR, at scales (N,), fell in each bin."""
+    log_snr = log_snr_of(alpha, sigma)
     # One-hot sums rather than scattered adds: those have no fixed order on a GPU.
     level = torch.bucketize(log_snr, torch.tensor(LEVEL_EDGES, device=log_snr.device))
     member = (level[:, None] == torch.arange(len(LEVEL_NAMES), device=level.device)).float()
@@ -175,7 +180,7 @@ class _Sum:
         self._total: Tensor | None = None
 
     def add(self, *values: Tensor) -> None:
-        self._parts.append(values)
+        self._parts.append(values)  # of any shape: columns are put together flat
         self._count += 1
         if self._count % _AT_ONCE == 0:  # at the same counts in a run that was stopped in between
             self._total = self._sum(values[0].device)
@@ -188,17 +193,23 @@ class _Sum:
 
     def state_dict(self) -> dict[str, Any]:
         """The sum so far, and what is not in it yet as one vector each."""
-        joined = [torch.cat(column).float().cpu() for column in zip(*self._parts, strict=True)]
+        joined = [_flat(column).float().cpu() for column in zip(*self._parts, strict=True)]
         total = None if self._total is None else self._total.cpu()
         return {"total": total, "parts": joined, "count": self._count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them back."""
         self._total, self._count = state_dict["total"], int(state_dict["count"])
-        self._parts = [tuple(state_dict["parts"])] if state_dict["parts"] else []
+        parts = tuple(state_dict["parts"])
+        # Checkpoints of before levels came as scales hold log-SNRs: what is not in a sum yet is left out.
+        self._parts = [parts] if len(parts) == self._vectors else []
 
     def _sum(self, device: torch.device) -> Tensor:
         parts = [(torch.zeros(0),) * self._vectors, *self._parts]
-        columns = [torch.cat([part.to(device).float() for part in column]) for column in zip(*parts, strict=True)]
+        columns = [_flat([part.to(device).float() for part in column]) for column in zip(*parts, strict=True)]
         added = self._add_up(*columns)
         return added if self._total is None else self._total.to(device) + added
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
