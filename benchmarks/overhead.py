@@ -2,14 +2,16 @@
 
 ::
 
-    python benchmarks/overhead.py               # the step: a tiny network, a small one, the default one
+    python benchmarks/overhead.py               # the step: networks from tiny to a step of 100 ms
+    python benchmarks/overhead.py --unaveraged  # beside a bare loop that does not average its weights
     python benchmarks/overhead.py --startup     # the start: to the first step, to --help, to a refused config
 
 Ours is one ``Trainer.fit`` of what ``python train.py`` builds, with all of its default callbacks and loggers. The bare
-side is the loop that one writes by hand for the same network, weights, batch size, optimizer, clipping and loss, on
-images held in memory, with nothing averaged and nothing logged. A callback lets the two take turns block by block in
-one process, so that a machine that slows down slows both, and what is judged is the median over neighbouring blocks of
-their difference. A block is as long as the interval between rows of the log, so each of ours holds one.
+side is the loop that one writes by hand for the same network, weights, batch size, optimizer, clipping, loss and
+average of the weights (which samples are drawn with, and whose pass over the weights takes the longer the more there
+are), on images held in memory, with nothing looked at and nothing logged. A callback lets the two take turns block by
+block in one process, so that a machine that slows down slows both, and what is judged is the median over neighbouring
+blocks of their difference. A block is as long as the interval between rows of the log, so each of ours holds one.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "tiny": ("model.network.base_channels=8", "data.batch_size=16"),
     "small": ("model.network.base_channels=16", "data.batch_size=32"),
     "default": (),
+    "large": ("model.network.base_channels=48",),
 }
 # What is typed after `python train.py`, and the seconds promised.
 STARTUP: dict[str, tuple[tuple[str, ...], float]] = {
@@ -115,9 +118,11 @@ class Bare:
     tenth of the labels dropped.
     """
 
-    def __init__(self, module: Any, data: Any, cfg: Any) -> None:
+    def __init__(self, module: Any, data: Any, cfg: Any, *, averages: bool = True) -> None:
         self.network: nn.Module = copy.deepcopy(module.network).train()
         self.parameters = list(self.network.parameters())
+        self.averages = [parameter.detach().clone() for parameter in self.parameters] if averages else []
+        self.rate = 1 - cfg.ema.decay
         self.optimizer: torch.optim.Optimizer = instantiate(cfg.optimizer)(self.parameters)
         self.lr_schedule = instantiate(cfg.lr_schedule)(self.optimizer)
         self.clip, self.size, self.null = cfg.trainer.gradient_clip_val, cfg.data.batch_size, data.num_classes
@@ -151,6 +156,9 @@ class Bare:
         nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.lr_schedule.step()
+        if self.averages:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averages, self.parameters, self.rate)
 
 
 class TakeTurns(pl.Callback):
@@ -191,8 +199,8 @@ def _block(ends: Sequence[float], cpu: float) -> Block:
     return Block((ends[-1] - ends[0]) / steps, cpu / steps, median(each))
 
 
-def measure(name: str, *, blocks: int, extra: Sequence[str] = ()) -> Overhead:
-    """Trains ours and the bare loop in turns, ``blocks`` timed blocks of each."""
+def measure(name: str, *, blocks: int, averages: bool = True, extra: Sequence[str] = ()) -> Overhead:
+    """Trains ours and the bare loop, which averages its weights or not, in turns: ``blocks`` timed blocks of each."""
     with tempfile.TemporaryDirectory() as folder:
         # Never reached: a last step would draw and score samples, which belong to no step.
         words = [*SIZES[name], "trainer.accelerator=cpu", "trainer.max_steps=100000", "logger.wandb.mode=offline"]
@@ -200,7 +208,7 @@ def measure(name: str, *, blocks: int, extra: Sequence[str] = ()) -> Overhead:
         data = build_data(cfg)
         data.setup()
         module = build_module(cfg)
-        bare = Bare(module, data, cfg)
+        bare = Bare(module, data, cfg, averages=averages)
         clock = TakeTurns(bare.step, blocks=blocks, steps=cfg.callbacks.log.every if "log" in cfg.callbacks else 10)
         with quiet():
             trainer = build_trainer(cfg, callbacks=[*build_callbacks(cfg), clock])
@@ -331,6 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="What the framework adds to a training step, and to its start.")
     parser.add_argument("--startup", action="store_true", help="time the start instead of the step")
+    parser.add_argument("--unaveraged", action="store_true", help="the bare loop keeps no average of its weights")
     parser.add_argument("--sizes", help=f"some of the networks, by commas: {','.join(SIZES)} (default: all)")
     parser.add_argument("--blocks", type=int, default=40, help="timed blocks of each side, of 10 steps (default: 40)")
     parser.add_argument("--repeats", type=int, default=3, help="starts of each command (default: 3)")
@@ -356,8 +365,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = []
         for name in sizes:
             console.print(f"{name} ...")
-            found.append(measure(name, blocks=blocks))
-        record |= {"blocks": blocks, "sizes": [{**asdict(one), "share": one.share, "met": one.met} for one in found]}
+            found.append(measure(name, blocks=blocks, averages=not args.unaveraged))
+        record |= {"blocks": blocks, "averages": not args.unaveraged}
+        record["sizes"] = [{**asdict(one), "share": one.share, "met": one.met} for one in found]
         title, header, rows = "training step", HEADER, table(found)
     show_table(title, header, rows)
     if args.json:

@@ -74,6 +74,16 @@ class TrainingModule(pl.LightningModule, ABC):
         # Kept out of the module's registry: averages are neither trained nor saved as the model's own weights.
         self.__dict__["averaged_network"] = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; the name of the hook that runs, which Lightning notes forty times a step, at once.
+
+        A module otherwise looks first whether a parameter, a buffer or a module goes by that name.
+        """
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @abstractmethod
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch; see the BATCH contract in ``ornstein.data``."""

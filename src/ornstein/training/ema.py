@@ -93,9 +93,10 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Updates once per ``every`` optimizer steps; micro-batches of an accumulated step count once."""
-        if trainer.global_step == self._last_step or trainer.global_step % self.every:
+        step = trainer.global_step
+        if step == self._last_step or step % self.every:
             return
-        self._last_step = trainer.global_step
+        self._last_step = step
         torch._foreach_lerp_(self._averaged, self._current, 1 - self.current_decay())
         self.updates += 1
 

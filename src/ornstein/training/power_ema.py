@@ -93,7 +93,7 @@ class PowerEMA(EMA):
         if self.updates != before:
             for averages, gamma in zip(self._longer, self.gammas[1:], strict=True):
                 torch._foreach_lerp_(averages, self._current, 1 - power_decay(self.updates, gamma))
-        if stepped and due(trainer, self.snapshot_every):
+        if stepped and due(trainer.global_step, self.snapshot_every):
             self._snapshot(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

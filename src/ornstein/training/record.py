@@ -29,6 +29,6 @@ def record(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 
 
-def due(trainer: pl.Trainer, every: int | None) -> bool:
-    """Whether an action repeated every ``every`` optimizer steps is due after the present one; None is never."""
-    return every is not None and trainer.global_step > 0 and trainer.global_step % every == 0
+def due(step: int, every: int | None) -> bool:
+    """Whether an action repeated every ``every`` optimizer steps is due after step number ``step``; None is never."""
+    return every is not None and step > 0 and step % every == 0

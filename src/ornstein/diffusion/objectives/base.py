@@ -195,7 +195,9 @@ class Objective(nn.Module):
         if self.weighting.needs_density:
             density = self.density(drawn.time, schedule).reshape(-1, *([1] * (x0.ndim - 1)))
         weight = self.weighting.on_output(drawn.level, self.parameterization, density)
-        return per_sample * (weight.flatten().float() if isinstance(weight, Tensor) else weight)
+        if isinstance(weight, Tensor):
+            return per_sample * weight.flatten().float()
+        return per_sample if weight == 1.0 else per_sample * weight
 
     def density(self, t: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Density in t that the expectation is over, same shape; no gradient, also where a learned schedule sets it."""

@@ -17,6 +17,7 @@ from ornstein.data.workers import WorkersDied
 from ornstein.errors import OrnsteinError
 from ornstein.metrics.figures.naming import same_figure
 from ornstein.training.base import TrainingModule
+from ornstein.training.callback import Callback
 from ornstein.training.callbacks import checkpoint_files as files
 from ornstein.training.callbacks.checkpoint_writer import CheckpointWriter
 from ornstein.training.callbacks.lookup import callbacks_of
@@ -27,7 +28,7 @@ from ornstein.training.limits import check_limits
 from ornstein.training.record import due
 
 
-class Checkpoint(pl.callbacks.Checkpoint):
+class Checkpoint(Callback, pl.callbacks.Checkpoint):
     """Writes ``checkpoints/last.ckpt``, ``best.ckpt`` and, if asked, ``step_000400.ckpt``.
 
     Every checkpoint stands between two optimizer steps, after all other callbacks have handled the step
@@ -157,18 +158,19 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Writes what is due after the step."""
-        if trainer.global_step == self._seen:
+        step = trainer.global_step
+        if step == self._seen:
             return
-        self._seen = trainer.global_step
+        self._seen = step
         self._between_steps = True
         if self._writer is not None:
             self._writer.look()
         before, self._images = self._images, self._images_seen(pl_module)
-        periodic = due(trainer, self.every) | _crossed(before, self._images, self.every_images)
-        kept = periodic if self.keep_every is True else due(trainer, self.keep_every or None)
+        periodic = due(step, self.every) | _crossed(before, self._images, self.every_images)
+        kept = periodic if self.keep_every is True else due(step, self.keep_every or None)
         kept |= _crossed(before, self._images, self.keep_every_images)
         rank = self._rank_of_new_figure(trainer)
-        stopping = self._stop is not None or trainer.global_step == trainer.max_steps
+        stopping = self._stop is not None or step == trainer.max_steps
         if periodic or kept or rank is not None or stopping:
             self._save(trainer, pl_module, rank=rank, numbered=kept)
         if self._stop is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ornstein.diffusion.objectives import LossOutput
-from ornstein.diffusion.schedules.base import log_snr_of
+from ornstein.diffusion.schedules.base import Scalar, log_snr_of
 from ornstein.training.base import TrainingModule
 from ornstein.training.callback import Callback
 from ornstein.training.callbacks.device_stats import DeviceMeter
@@ -75,7 +75,7 @@ class TrainingLog(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: dict[str, Any], batch_idx: int
     ) -> None:
         """Logs the effective batch before the first step."""
-        if trainer.global_step == 0 and batch_idx == 0:
+        if batch_idx == 0 and trainer.global_step == 0:
             images = batch_images(batch) * trainer.accumulate_grad_batches * trainer.world_size
             record(trainer, {"effective_batch": float(images)})
 
@@ -101,16 +101,15 @@ class TrainingLog(Callback):
         # Only kept: to bin and add them up takes a third of a millisecond, which a step need not pay.
         self._losses.add(output.loss.detach())
         if self.levels_every is not None and isinstance(output, LossOutput):
-            level = output.level
-            scales = (torch.as_tensor(scale).detach() for scale in (level.alpha, level.sigma))
-            self._levels.add(output.per_sample, *scales)
-        if trainer.global_step == self._seen:
+            self._levels.add(output.per_sample, *map(_detached, (output.level.alpha, output.level.sigma)))
+        step = trainer.global_step
+        if step == self._seen:
             return
-        self._seen = trainer.global_step
+        self._seen = step
         row: dict[str, float] = {}
-        if due(trainer, self.every):
+        if due(step, self.every):
             row |= self._row(trainer, pl_module)
-        if due(trainer, self.levels_every):
+        if due(step, self.levels_every):
             row |= self._level_row(trainer, pl_module)
         if row:
             record(trainer, row)
@@ -168,6 +167,12 @@ def _level_sums(per_sample: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     level = torch.bucketize(log_snr, torch.tensor(LEVEL_EDGES, device=log_snr.device))
     member = (level[:, None] == torch.arange(len(LEVEL_NAMES), device=level.device)).float()
     return torch.stack([per_sample @ member, member.sum(0)])
+
+
+def _detached(scale: Scalar) -> Tensor:
+    """A scale without the gradient that a learned schedule's has."""
+    kept = torch.as_tensor(scale)
+    return kept.detach() if kept.requires_grad else kept
 
 
 class _Sum:

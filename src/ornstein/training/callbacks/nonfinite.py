@@ -68,7 +68,7 @@ class NonFiniteGuard(Callback):
         """Notes the first bad loss; on one CPU stops at it."""
         assert isinstance(pl_module, TrainingModule) and pl_module.last_output is not None
         # Not the argument, which mixed precision has scaled.
-        self._look(trainer, pl_module.last_output.loss.detach(), _LOSS)
+        self._look(trainer, pl_module.last_output.loss, _LOSS)
 
     @torch.no_grad()
     def _look_at_gradients(self, trainer: pl.Trainer, module: pl.LightningModule, norm: Tensor | None) -> None:
@@ -78,19 +78,19 @@ class NonFiniteGuard(Callback):
             if not own:
                 return
             norm = torch.nn.utils.get_total_norm(own)
-        self._look(trainer, norm.detach(), _GRADIENT)
+        self._look(trainer, norm, _GRADIENT)
 
     def _look(self, trainer: pl.Trainer, value: Tensor, kind: int) -> None:
-        step = trainer.global_step + 1
         if value.device.type == "cpu" and trainer.world_size == 1:
             if not math.isfinite(value.item()):
                 named = [] if self._indices is None else self._indices[:_NAMED].tolist()
-                raise self._error(trainer, step, kind, named)
+                raise self._error(trainer, trainer.global_step + 1, kind, named)
             return
+        value = value.detach()
         if self._first is None or self._first.device != value.device:
             self._first = torch.full((2 + _NAMED,), -1, dtype=torch.int64, device=value.device)
         now = torch.full_like(self._first, -1)
-        now[0], now[1] = step, kind
+        now[0], now[1] = trainer.global_step + 1, kind
         if self._indices is not None:
             named_now = self._indices[:_NAMED]
             now[2 : 2 + len(named_now)] = named_now
@@ -100,7 +100,7 @@ class NonFiniteGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reads the flag where that is due."""
-        if due(trainer, self.every):
+        if self._first is not None and due(trainer.global_step, self.every):
             self.check(trainer)
 
     def check(self, trainer: pl.Trainer) -> None:

@@ -57,7 +57,7 @@ class Periodic(Callback):
         if step == self._seen:
             return
         self._seen = step
-        if due(trainer, self.every) or (self.at_end and step == trainer.max_steps):
+        if due(step, self.every) or (self.at_end and step == trainer.max_steps):
             self._act(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
