@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -164,11 +165,21 @@ def matmul_precision(asked: str | None) -> Iterator[None]:
 
 
 def build_loggers(cfg: DictConfig) -> list[Any]:
-    """Every logger of the group; one that cannot start has said so and is left out, one that dies stops nothing."""
+    """Every logger of the group; one that cannot start has said so and is left out, one that dies stops nothing.
+
+    W&B does not come without ``metrics.csv``: rows that a killed run took along before W&B had written them are logged
+    again from there, and reports are made of it.
+    """
+    from ornstein.experiment import CSVLogger
     from ornstein.experiment.logger_guard import survivable
+    from ornstein.experiment.wandb_log import RunWandbLogger
 
     built = [instantiate(node) for node in (cfg.logger or {}).values() if node and "_target_" in node]
-    return [survivable(logger) for logger in built if logger is not None]
+    loggers = [survivable(logger) for logger in built if logger is not None]
+    to_wandb = [logger for logger in loggers if isinstance(logger, RunWandbLogger)]
+    if to_wandb and not any(isinstance(logger, CSVLogger) for logger in loggers):
+        loggers.insert(0, CSVLogger(Path(str(to_wandb[0].save_dir)) / "metrics.csv"))
+    return loggers
 
 
 def _jsonable(value: Any) -> Any:
