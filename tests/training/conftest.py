@@ -125,7 +125,12 @@ def make_module() -> Callable[..., DiffusionModule]:
     """A DiffusionModule; with ``classes=None`` an unconditional one."""
 
     def make(
-        *, network: nn.Module | None = None, classes: int | None = CLASSES, lr: float = 0.05, **options: Any
+        *,
+        network: nn.Module | None = None,
+        classes: int | None = CLASSES,
+        lr: float = 0.05,
+        kind: type[DiffusionModule] = DiffusionModule,
+        **options: Any,
     ) -> DiffusionModule:
         torch.manual_seed(0)
         settings: dict[str, Any] = {
@@ -136,7 +141,7 @@ def make_module() -> Callable[..., DiffusionModule]:
             "sampler": DDIM(steps=4),
             "optimizer": partial(torch.optim.AdamW, lr=lr),
         }
-        return DiffusionModule(Network(classes) if network is None else network, **(settings | options))
+        return kind(Network(classes) if network is None else network, **(settings | options))
 
     return make
 

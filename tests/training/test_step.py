@@ -7,16 +7,8 @@ import pytest
 import torch
 
 from ornstein.training.base import clip_by_norm
-from ornstein.training.callback import Callback
-
-STEP_HOOKS = (
-    "on_train_batch_start",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_zero_grad",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
+from ornstein.training.hooks import STEP_HOOKS, leave_out_empty_hooks
+from ornstein.training.module import DiffusionModule
 
 
 def with_gradients(scale: float, *, bad: float | None = None) -> list[torch.nn.Parameter]:
@@ -74,7 +66,7 @@ def test_gradients_are_forgotten_as_the_optimizer_has_it(make_module, kind):
     assert getattr(optimizer, "forgot", 1) == 1
 
 
-class Witness(Callback):
+class Witness(pl.Callback):
     """Has one hook of a step."""
 
     def __init__(self) -> None:
@@ -84,11 +76,37 @@ class Witness(Callback):
         self.ends += 1
 
 
-def test_a_callback_has_the_hooks_of_its_class_and_lightning_passes_over_the_others(fit):
-    witness = Witness()
-    # Those of Lightning that a class of ours would otherwise inherit: should it get more, the list wants them.
-    assert {name for name in STEP_HOOKS if getattr(Callback, name) is None} == set(STEP_HOOKS)
-    assert all(callable(getattr(pl.Callback, name)) for name in STEP_HOOKS)
-    assert [name for name in STEP_HOOKS if getattr(witness, name) is not None] == ["on_train_batch_end"]
+class WitnessOfMore(Witness):
+    """Has two, one of which calls the empty one of its class."""
+
+    def on_train_batch_start(self, *arguments):
+        super().on_train_batch_start(*arguments)
+        self.ends += 100
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(Witness, 3), (WitnessOfMore, 303)])
+def test_hooks_of_a_callback_are_called_and_empty_ones_passed_over(fit, kind, calls):
+    witness, another = kind(), kind()
+    leave_out_empty_hooks(witness)
+    own = {name for name in STEP_HOOKS if name in vars(kind) or name in vars(Witness)}
+    assert {name for name in STEP_HOOKS if getattr(witness, name) is not None} == own
+    assert all(callable(getattr(another, name)) for name in STEP_HOOKS), "of that callback alone"
     fit([witness], steps=3)
-    assert witness.ends == 3
+    assert witness.ends == calls
+
+
+class Told(DiffusionModule):
+    """Has one hook of a step, which calls the empty one of its class."""
+
+    told = 0
+
+    def on_train_batch_end(self, *arguments):
+        super().on_train_batch_end(*arguments)
+        self.told += 1
+
+
+def test_hooks_of_a_module_are_called_and_empty_ones_passed_over(fit, make_module):
+    module = make_module(kind=Told)
+    assert {name for name in STEP_HOOKS if getattr(module, name) is not None} == {"on_train_batch_end"}
+    fit([], steps=3, module=module)
+    assert module.told == 3

@@ -119,16 +119,20 @@ def build_trainer(cfg: DictConfig, *, callbacks: list[pl.Callback]) -> pl.Traine
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from ornstein.experiment import AtomicCheckpointIO, ResumableLogs
+    from ornstein.training.hooks import leave_out_empty_hooks
     from ornstein.training.profiling import Unprofiled
 
+    callbacks = [ResumableLogs(), *callbacks]
     if not cfg.trainer.get("enable_progress_bar", True):
         callbacks = [each for each in callbacks if not isinstance(each, pl.callbacks.ProgressBar)]
+    for callback in callbacks:
+        leave_out_empty_hooks(callback)
     on_slurm = SLURMEnvironment.detect() and "TORCHELASTIC_RUN_ID" not in os.environ
     trainer: pl.Trainer = instantiate(
         of_lightning(cfg.trainer),
         **({} if cfg.trainer.get("profiler") else {"profiler": Unprofiled()}),
         logger=False,
-        callbacks=[ResumableLogs(), *callbacks],
+        callbacks=callbacks,
         enable_progress_bar=any(isinstance(each, pl.callbacks.ProgressBar) for each in callbacks),
         enable_checkpointing=any(isinstance(each, pl.callbacks.Checkpoint) for each in callbacks),
         # Requeues are callbacks.preemption's: of that and Lightning's own handling exactly one is on.

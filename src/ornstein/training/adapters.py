@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ornstein.errors import OrnsteinError
-from ornstein.training.callback import Callback
 from ornstein.training.module import DiffusionModule
 from ornstein.training.sharding import gathered
 
@@ -127,7 +126,7 @@ class Lora:
         return tuple(each for each in fitting if any(_ends(each, name) for name in self.target_modules))
 
 
-class AdapterFiles(Callback):
+class AdapterFiles(pl.Callback):
     """Writes ``adapter/`` of the run whenever a checkpoint is written: averaged adapters where there are averages.
 
     Args:

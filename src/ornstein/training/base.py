@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ornstein.diffusion.noise import derive_seed
 from ornstein.errors import OrnsteinError
+from ornstein.training.hooks import leave_out_empty_hooks
 from ornstein.training.sharding import ShardedStrategy
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
@@ -73,6 +74,7 @@ class TrainingModule(pl.LightningModule, ABC):
         self._generators: dict[torch.device, torch.Generator] = {}
         # Kept out of the module's registry: averages are neither trained nor saved as the model's own weights.
         self.__dict__["averaged_network"] = None
+        leave_out_empty_hooks(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; the name of the hook that runs, which Lightning notes forty times a step, at once.

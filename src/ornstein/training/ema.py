@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from ornstein.diffusion.schedules import NoiseSchedule
 from ornstein.errors import OrnsteinError
 from ornstein.training.base import TrainingModule
-from ornstein.training.callback import Callback
 from ornstein.training.limits import check_limits
 from ornstein.training.module import DiffusionModule
 from ornstein.training.sharding import local
 
 
-class EMA(Callback):
+class EMA(pl.Callback):
     r"""Keeps :math:`\bar\theta \leftarrow d_n \bar\theta + (1 - d_n)\theta` after every optimizer step.
 
     The rate warms up, :math:`d_n = \min(\text{decay}, (1 + n)/(10 + n))`, so that the first weights are forgotten soon

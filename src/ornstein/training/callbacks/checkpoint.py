@@ -17,7 +17,6 @@ from ornstein.data.workers import WorkersDied
 from ornstein.errors import OrnsteinError
 from ornstein.metrics.figures.naming import same_figure
 from ornstein.training.base import TrainingModule
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks import checkpoint_files as files
 from ornstein.training.callbacks.checkpoint_writer import CheckpointWriter
 from ornstein.training.callbacks.lookup import callbacks_of
@@ -28,7 +27,7 @@ from ornstein.training.limits import check_limits
 from ornstein.training.record import due
 
 
-class Checkpoint(Callback, pl.callbacks.Checkpoint):
+class Checkpoint(pl.callbacks.Checkpoint):
     """Writes ``checkpoints/last.ckpt``, ``best.ckpt`` and, if asked, ``step_000400.ckpt``.
 
     Every checkpoint stands between two optimizer steps, after all other callbacks have handled the step

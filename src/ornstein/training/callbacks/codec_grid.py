@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ornstein.codecs import Codec, Identity
 from ornstein.training.autoencoder_scoring import paired_rows, to_model
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks.lookup import data_of
 from ornstein.training.callbacks.progress import progress_task
 from ornstein.training.callbacks.show import show_image
@@ -24,7 +23,7 @@ _COLUMNS = 8
 _AT_ONCE = 4  # large autoencoders take a gigabyte for a few large images
 
 
-class CodecGrid(Callback):
+class CodecGrid(pl.Callback):
     """Draws ``samples/codec.png`` before the first step of a latent run: held-out images above their reconstructions.
 
     Nothing is drawn of a run in pixels, nor of one that reads its latents from a cache: that one never runs the

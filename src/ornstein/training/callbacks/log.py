@@ -13,7 +13,6 @@ from torch import Tensor
 from ornstein.diffusion.objectives import LossOutput
 from ornstein.diffusion.schedules.base import Scalar, log_snr_of
 from ornstein.training.base import TrainingModule
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks.device_stats import DeviceMeter
 from ornstein.training.callbacks.level_history import LevelHistory
 from ornstein.training.callbacks.lookup import callbacks_of
@@ -35,7 +34,7 @@ LEVEL_NAMES = (
 _AT_ONCE = 128
 
 
-class TrainingLog(Callback):
+class TrainingLog(pl.Callback):
     """Logs a row every ``every`` optimizer steps, and the loss by noise level every ``levels_every``.
 
     ``train/loss`` (mean over all micro-batches since the last row), ``train/grad_norm`` (of this step, before

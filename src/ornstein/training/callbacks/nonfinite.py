@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ornstein.errors import OrnsteinError
 from ornstein.training.base import TrainingModule
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.limits import check_limits
 from ornstein.training.record import due
@@ -22,7 +21,7 @@ _NAMED = 10  # images of the bad batch that the message names
 _LOSS, _GRADIENT = 0, 1
 
 
-class NonFiniteGuard(Callback):
+class NonFiniteGuard(pl.Callback):
     """Stops at a loss or a gradient that is infinite or not a number, naming the step, the batch and the last
     good checkpoint.
 

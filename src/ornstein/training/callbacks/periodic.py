@@ -10,13 +10,12 @@ import lightning.pytorch as pl
 
 from ornstein.errors import OrnsteinError
 from ornstein.training.base import TrainingModule
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks.unwritten import pictures_may_fail
 from ornstein.training.record import due
 from ornstein.training.sharding import gathered
 
 
-class Periodic(Callback):
+class Periodic(pl.Callback):
     """Calls :meth:`act` after every ``every``-th optimizer step and, with ``at_end``, after the last one.
 
     The last step's turn comes within that step, before its checkpoint: a run killed between the two does it

@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks.checkpoint import Checkpoint
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.limits import check_limits
@@ -35,7 +34,7 @@ class Preempted(SystemExit):
         return f"stopped by {self.notice}, with a checkpoint"
 
 
-class Preemption(Callback):
+class Preemption(pl.Callback):
     """Answers SIGUSR1 and SIGUSR2 at the end of the running step: checkpoint, then :class:`Preempted`.
 
     Whoever runs the training closes its logs and calls :meth:`Preempted.hand_over`. That is whatever answered the

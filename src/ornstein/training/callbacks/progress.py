@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 
 from ornstein.training.base import TrainingModule
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks.lookup import callbacks_of
 from ornstein.training.callbacks.stopwatch import Stopwatch
 from ornstein.training.callbacks.throughput import Throughput
@@ -25,7 +24,7 @@ _LINE_SECONDS, _LONGEST_LINE_SECONDS = 10.0, 300.0
 _RECENT = 20  # refreshes that speed and loss are taken over: 5 s on a terminal
 
 
-class ProgressBar(Callback, pl.callbacks.ProgressBar):
+class ProgressBar(pl.callbacks.ProgressBar):
     """Steps done of ``max_steps``, recent images a second, recent loss and time left, by rich.
 
     Where the output is no terminal, a plain line every ten seconds, later every tenth of the time passed so

@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 
 from ornstein.errors import Pruned
 from ornstein.metrics.figures.naming import same_figure
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks.checkpoint import Checkpoint
 from ornstein.training.callbacks.lookup import callbacks_of
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class TrialPruning(Callback):
+class TrialPruning(pl.Callback):
     """Reports a figure to the trial's storage each time it is logged, and ends training where the pruner says so.
 
     The figure is read at the end of a step, after the callbacks that log it. Training then ends by :class:`Pruned`,

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from PIL import Image
 
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks.show import show_image
 from ornstein.training.callbacks.unwritten import pictures_may_fail
 from ornstein.training.module import DiffusionModule
@@ -20,7 +19,7 @@ _POINTS = 400
 _SHOWN_LOG_SNR = 12.0  # beyond, images hold no noise that 8 bits show, or no signal
 
 
-class SchedulePlot(Callback):
+class SchedulePlot(pl.Callback):
     """Draws ``schedule.png`` before the first step, for the loggers too: scales and log-SNR over time, the density of
     training times, and the effective weight of the loss over log-SNR (per unit of log-SNR, on the squared error of x0,
     density included).

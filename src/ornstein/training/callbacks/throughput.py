@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 
 from ornstein.training.base import TrainingModule
-from ornstein.training.callback import Callback
 from ornstein.training.callbacks.device_stats import peak_tflops
 from ornstein.training.callbacks.stopwatch import Stopwatch
 from ornstein.training.limits import check_limits
@@ -47,7 +46,7 @@ class Lap:
         return {name: value for name, value in figures.items() if value is not None}
 
 
-class Throughput(Callback):
+class Throughput(pl.Callback):
     """Keeps the time of training steps. Put it behind the callbacks that work within a step.
 
     Times are the host's. On an accelerator, which runs behind the host, they are right over windows that end
