@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ornstein.diffusion.parameterizations import Parameterization
 from ornstein.diffusion.prediction import Prediction
 from ornstein.diffusion.schedules import Level, NoiseSchedule, Scalar
+from ornstein.diffusion.schedules.base import log_snr_of
 
 
 class Denoise(Protocol):
@@ -182,7 +183,7 @@ class Rescheduled:
     def _rescaled(self, call: Callable[..., Prediction], x_t: Tensor, t: Scalar | Level, again: bool) -> Prediction:
         level = t if isinstance(t, Level) else self.schedule.level(t, x_t.ndim)
         alpha, sigma = (torch.as_tensor(v, dtype=torch.float64) for v in (level.alpha, level.sigma))
-        own_time = self.denoiser.schedule.time(2 * (torch.log(alpha) - torch.log(sigma)))
+        own_time = self.denoiser.schedule.time(log_snr_of(alpha, sigma))
         scalar = isinstance(level.t, float)
         own = self.denoiser.schedule.level(float(own_time) if scalar else own_time)
         ratio = (own.alpha**2 + own.sigma**2) ** 0.5 / (level.alpha**2 + level.sigma**2) ** 0.5

@@ -77,7 +77,7 @@ class TrainingModule(pl.LightningModule, ABC):
         leave_out_empty_hooks(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; the name of the hook that runs, which Lightning notes forty times a step, at once.
+        """Sets an attribute; the name of the hook that runs, which Lightning notes at each, at once.
 
         A module otherwise looks first whether a parameter, a buffer or a module goes by that name.
         """
@@ -139,7 +139,7 @@ class TrainingModule(pl.LightningModule, ABC):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Forgets the gradients; at once where the optimizer would do no more than that.
 
-        torch's own way asks for each parameter what is to be done with it, which takes as long as a small layer.
+        torch's own way asks for each parameter what is to be done with it.
         """
         if type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
             return super().optimizer_zero_grad(epoch, batch_idx, optimizer)

@@ -18,7 +18,7 @@ def leave_out_empty_hooks(owner: pl.Callback | pl.LightningModule) -> None:
     """Sets those hooks of a step to None, on ``owner`` alone, that its class has from Lightning as they are.
 
     Lightning passes over a hook that cannot be called. Its own empty methods it calls, under a name put together for
-    its profiler, six times a step for each callback and for the module: together a fifth of a millisecond.
+    its profiler, six times a step for each callback and for the module.
     """
     empty = pl.LightningModule if isinstance(owner, pl.LightningModule) else pl.Callback
     for name in STEP_HOOKS:
