@@ -76,23 +76,24 @@ class BetaSchedule(Modifiable):
         # A grid point belongs to the cell on its left, whose beta it is, also when t was rounded to float32:
         # at a kink, slopes left and right differ up to fivefold (cosine's last).
         slack = 4 * torch.finfo(t.dtype).eps * self.num_timesteps
-        cell = (position - slack).ceil().sub(1).clamp(0, self.num_timesteps - 1).long()
-        left, slope = table[cell], slopes[cell]
-        log_alpha_bar = left + (position - cell).clamp(max=1) * slope
-        d_log_alpha_bar = slope * self.num_timesteps
+        cell = (position - (1 + slack)).ceil().clamp(0, self.num_timesteps - 1)
+        index = cell.long()
+        left, slope = table.take(index), slopes.take(index)
+        log_alpha_bar = torch.addcmul(left, (position - cell).clamp(max=1), slope)
         alpha = torch.exp(0.5 * log_alpha_bar)
+        d_alpha = slope * (0.5 * self.num_timesteps) * alpha
         if self.zero_terminal_snr:
-            return self._fading(alpha, log_alpha_bar, d_log_alpha_bar, position, cell)
+            return self._fading(alpha, log_alpha_bar, d_alpha, position, cell)
         sigma = torch.sqrt(-torch.expm1(log_alpha_bar))
-        return alpha, sigma, 0.5 * d_log_alpha_bar * alpha, -0.5 * d_log_alpha_bar * alpha**2 / sigma
+        return alpha, sigma, d_alpha, -d_alpha * alpha / sigma
 
     def _fading(
-        self, alpha: Tensor, log_alpha_bar: Tensor, d_log_alpha_bar: Tensor, position: Tensor, cell: Tensor
+        self, alpha: Tensor, log_alpha_bar: Tensor, d_alpha: Tensor, position: Tensor, cell: Tensor
     ) -> Coefficients:
         """Coefficients of a table that ends at alpha = 0: its last cell, flat in the table, falls linearly to there."""
         last = cell == self.num_timesteps - 1
         remaining = torch.where(last, (self.num_timesteps - position).clamp(0, 1), 1.0)
-        d_alpha = torch.where(last, -self.num_timesteps * alpha, 0.5 * d_log_alpha_bar * alpha)
+        d_alpha = torch.where(last, -self.num_timesteps * alpha, d_alpha)
         sigma = torch.sqrt(-torch.expm1(log_alpha_bar + 2 * torch.log(remaining)))
         alpha = alpha * remaining
         return alpha, sigma, d_alpha, -alpha * d_alpha / sigma
