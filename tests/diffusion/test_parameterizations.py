@@ -185,6 +185,36 @@ def test_network_input_has_at_most_unit_scale(cell: tuple[NoiseSchedule, Paramet
             assert scaled == pytest.approx(1.0)
 
 
+class Seen(nn.Module):
+    """Keeps what it is given to see."""
+
+    def forward(self, x: Tensor, noise_cond: Tensor) -> Tensor:
+        self.x = x
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize(
+    ("on", "parameterization", "untouched"),
+    [
+        (Cosine, V(), True),
+        (Linear, LearnedVariance(Epsilon()), True),
+        (EDM, V(), False),
+        (Cosine, EDMPreconditioned(), False),
+        (Cosine, LearnedVariance(EDMPreconditioned()), False),
+    ],
+)
+def test_network_sees_x_t_untouched_where_its_scale_is_1(
+    on, parameterization: Parameterization, untouched: bool
+) -> None:
+    network, x_t = Seen(), 3 * torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    denoiser = Denoiser(network, on(), parameterization)
+    for t in (0.7, torch.linspace(0.01, 1, 64)):  # among many levels in float32 some squares sum to 1 + 1e-7
+        level = denoiser.schedule.level(t, 4)
+        denoiser.output(x_t, level)
+        assert torch.equal(network.x, x_t) is untouched
+        torch.testing.assert_close(network.x, parameterization.scale_input(x_t, level), rtol=1e-6, atol=0)
+
+
 EVERY = {"eps": Epsilon, "x0": Sample, "v": V, "score": Score, "flow": Velocity, "edm": EDMPreconditioned}
 
 

@@ -1,10 +1,12 @@
 """What a step does faster than torch and Lightning would: the same, to the bit."""
 
+import inspect
 import math
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from ornstein.training.base import clip_by_norm
 from ornstein.training.hooks import STEP_HOOKS, leave_out_empty_hooks
@@ -110,3 +112,19 @@ def test_hooks_of_a_module_are_called_and_empty_ones_passed_over(fit, make_modul
     assert {name for name in STEP_HOOKS if getattr(module, name) is not None} == {"on_train_batch_end"}
     fit([], steps=3, module=module)
     assert module.told == 3
+
+
+class Brief(DiffusionModule):
+    """Takes no number of the batch."""
+
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+@pytest.mark.parametrize(("kind", "takes"), [(DiffusionModule, True), (Told, True), (Brief, False)])
+def test_lightning_knows_what_a_step_takes(fit, make_module, kind, takes):
+    module = make_module(kind=kind)
+    assert is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) is takes
+    assert inspect.signature(module.training_step).parameters.keys() == {"batch", *(("batch_idx",) if takes else ())}
+    fit([], steps=2, module=module)
+    assert module.micro_batches_seen == 2

@@ -87,7 +87,8 @@ class ClassLabel(Conditioner):
         label = label.to(torch.int64)
         # Comparing on an accelerator makes the host wait for it: not in the training step.
         if (read_back or label.device.type == "cpu") and label.numel():
-            low, high = map(int, label.aminmax())
+            values = label.tolist()
+            low, high = min(values), max(values)
             if low < 0 or high >= self.num_classes:
                 raise OrnsteinError(
                     f"class labels must be in [0, {self.num_classes - 1}] for {self.num_classes} classes, "

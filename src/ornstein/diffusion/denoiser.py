@@ -117,7 +117,11 @@ class Denoiser:
             # Of a mixture of experts a batch at one level needs one; told by the number, nobody reads a tensor back.
             expert_at = getattr(network, "expert_at", None)
             network = network if expert_at is None else expert_at(cond)
-        return network(self.parameterization.scale_input(x_t, level), noise_cond, **self.cond).to(x_t.dtype)
+        x_in = x_t
+        # Nothing to bring down to unit scale but rounding, which a single level's tolerance leaves alone too.
+        if self.parameterization.preconditions or not self.schedule.variance_preserving:
+            x_in = self.parameterization.scale_input(x_t, level)
+        return network(x_in, noise_cond, **self.cond).to(x_t.dtype)
 
     def __call__(self, x_t: Tensor, t: Scalar | Level, *, again: bool = False) -> Prediction:
         """The prediction for x_t (B, *shape) at a number, a (B,) tensor of times, or a level."""

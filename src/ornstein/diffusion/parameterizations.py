@@ -27,11 +27,13 @@ class Parameterization(ABC):
         name: as in the config group.
         needs_signal: x0 cannot be given where alpha = 0.
         outputs: channels of the network's output for each channel of x: 2 where it learns a variance.
+        preconditions: :meth:`scale_input` does more than bring noise down to unit scale.
     """
 
     name: str
     needs_signal: bool = False
     outputs: int = 1
+    preconditions: bool = False
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
@@ -186,6 +188,7 @@ class EDMPreconditioned(Parameterization):
     """
 
     name = "edm"
+    preconditions = True
 
     def __init__(self, *, sigma_data: float = 0.5) -> None:
         if sigma_data <= 0:
@@ -249,6 +252,7 @@ class LearnedVariance(Parameterization):
             raise ValueError("objective.parameterization.mean has a learned variance already: give it eps, x0, v, ...")
         self.mean, self.outputs = mean, outputs
         self.name, self.needs_signal = f"{mean.name} with variance", mean.needs_signal
+        self.preconditions = mean.preconditions
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         return self.mean.target(x0, eps, level)

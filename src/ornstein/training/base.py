@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from ornstein.diffusion.noise import derive_seed
 from ornstein.errors import OrnsteinError
-from ornstein.training.hooks import leave_out_empty_hooks
+from ornstein.training.hooks import leave_out_empty_hooks, note_signature
 from ornstein.training.sharding import ShardedStrategy
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 LRScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 CHECKPOINT_KEY = "ornstein"
+# The name of the hook that runs, which Lightning notes at each, and what a module here notes of a step.
+_OF_A_STEP = frozenset(
+    ("_current_fx_name", "micro_batches_seen", "images_seen", "last_output", "gradient_norm", "watch_gradients")
+)
 
 
 class StepOutput(Protocol):
@@ -49,6 +53,10 @@ class TrainingModule(pl.LightningModule, ABC):
 
     last_output: StepOutput | None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        note_signature(cls)
+
     def __init__(
         self,
         network: nn.Module,
@@ -77,11 +85,11 @@ class TrainingModule(pl.LightningModule, ABC):
         leave_out_empty_hooks(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; the name of the hook that runs, which Lightning notes at each, at once.
+        """Sets an attribute; those that change with every step at once.
 
         A module otherwise looks first whether a parameter, a buffer or a module goes by that name.
         """
-        if name == "_current_fx_name":
+        if name in _OF_A_STEP:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

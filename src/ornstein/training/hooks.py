@@ -1,6 +1,9 @@
-"""Hooks of a training step that nobody has: not called."""
+"""What Lightning need not do around each training step: call hooks that nobody has, and read signatures anew."""
 
 from __future__ import annotations
+
+import inspect
+from types import FunctionType
 
 import lightning.pytorch as pl
 
@@ -24,3 +27,13 @@ def leave_out_empty_hooks(owner: pl.Callback | pl.LightningModule) -> None:
     for name in STEP_HOOKS:
         if getattr(type(owner), name) is getattr(empty, name):
             owner.__dict__[name] = None
+
+
+def note_signature(owner: type[pl.LightningModule]) -> None:
+    """Keeps the signature of the ``training_step`` that a class defines with it.
+
+    Lightning asks before each step what arguments it takes, and Python otherwise puts that together from its code.
+    """
+    step = vars(owner).get("training_step")
+    if isinstance(step, FunctionType):
+        step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]

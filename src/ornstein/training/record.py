@@ -26,7 +26,8 @@ def record(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(row, step=trainer.global_step)
     # float64, so that a summary repeats the rows' figures digit for digit.
-    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+    figures = torch.tensor(list(values.values()), dtype=torch.float64).unbind()
+    trainer.callback_metrics.update(zip(values, figures, strict=True))
 
 
 def due(step: int, every: int | None) -> bool:

@@ -89,7 +89,6 @@ class TrainingLog(pl.Callback):
                 self._grad_norm = total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
             self._lr = float(optimizer.param_groups[0]["lr"])
 
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

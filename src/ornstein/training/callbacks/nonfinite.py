@@ -62,14 +62,12 @@ class NonFiniteGuard(pl.Callback):
         """Keeps the batch's indices at hand."""
         self._indices = batch.get("index")
 
-    @torch.no_grad()
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Notes the first bad loss; on one CPU stops at it."""
         assert isinstance(pl_module, TrainingModule) and pl_module.last_output is not None
         # Not the argument, which mixed precision has scaled.
         self._look(trainer, pl_module.last_output.loss, _LOSS)
 
-    @torch.no_grad()
     def _look_at_gradients(self, trainer: pl.Trainer, module: pl.LightningModule, norm: Tensor | None) -> None:
         """Notes the first bad gradient before the optimizer's step; on one CPU stops at it."""
         if norm is None:
@@ -85,11 +83,14 @@ class NonFiniteGuard(pl.Callback):
                 named = [] if self._indices is None else self._indices[:_NAMED].tolist()
                 raise self._error(trainer, trainer.global_step + 1, kind, named)
             return
-        value = value.detach()
+        self._note(value.detach(), trainer.global_step + 1, kind)
+
+    @torch.no_grad()
+    def _note(self, value: Tensor, step: int, kind: int) -> None:
         if self._first is None or self._first.device != value.device:
             self._first = torch.full((2 + _NAMED,), -1, dtype=torch.int64, device=value.device)
         now = torch.full_like(self._first, -1)
-        now[0], now[1] = trainer.global_step + 1, kind
+        now[0], now[1] = step, kind
         if self._indices is not None:
             named_now = self._indices[:_NAMED]
             now[2 : 2 + len(named_now)] = named_now
