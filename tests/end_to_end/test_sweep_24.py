@@ -61,6 +61,8 @@ def test_24_runs_of_which_two_fail(command, tiny, tmp_path):
     assert "24 jobs, 22 finished, 2 failed" in done.stdout
     named = dict(re.findall(r"job (\d+) failed: (.*)", done.stdout))
     assert set(named) == FAILING and all("RuntimeError: node 7 has lost its disk" in why for why in named.values())
+    for objective in ("x0", "v"):
+        assert f"asked: model=dit scheduler=flow objective={objective} seed=1\n" in done.stdout
 
     data = page_data(sweep)
     assert [run["name"] for run in data["runs"]] == [str(number) for number in range(24)] and not data["failures"]

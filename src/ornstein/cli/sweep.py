@@ -135,7 +135,7 @@ def collect(folder: Path) -> list[Cell]:
     for place in folder.rglob(".hydra/overrides.yaml"):
         hydra = OmegaConf.load(place.with_name("hydra.yaml"))
         # Jobs count through over the batches of a sweep.
-        jobs[int(str(OmegaConf.select(hydra, "hydra.job.num")))] = (place.parents[1], _typed(OmegaConf.load(place)))
+        jobs[int(str(OmegaConf.select(hydra, "hydra.job.num")))] = (place.parents[1], typed(place))
     asked = swept([words for _, words in jobs.values()])
     cells = []
     for number in sorted(jobs):
@@ -270,10 +270,11 @@ def _config_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _typed(words: Any) -> dict[str, str]:
+def typed(place: Path) -> dict[str, str]:
+    """What stands in a job's ``overrides.yaml``, by key."""
     # As typed: an interpolation among them is not of this file.
-    typed: Any = OmegaConf.to_container(words, resolve=False) if OmegaConf.is_config(words) else words
-    pairs = (str(word).lstrip("+~").partition("=") for word in typed)
+    words: Any = OmegaConf.to_container(OmegaConf.load(place), resolve=False)
+    pairs = (str(word).lstrip("+~").partition("=") for word in words)
     return {key: value for key, _, value in pairs}
 
 

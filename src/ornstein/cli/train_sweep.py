@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli.launch import note_failed, take_argument, tell
-from ornstein.cli.sweep import FAILED, read_json, recorded
+from ornstein.cli.sweep import FAILED, read_json, recorded, typed
 from ornstein.errors import OrnsteinError
 
 AGAIN = "sweep"  # what resume= says in the jobs of a sweep that is taken up again
@@ -42,6 +42,7 @@ class TrainSweep(Callback):
 
 def finish(folder: Path, *, search: bool = False) -> dict[str, str]:
     """Writes the report of a sweep, prints what became of it, and returns the failed jobs with their reasons."""
+    from ornstein.experiment.report.collect import differing, natural
     from ornstein.experiment.report.page import write_report
 
     jobs = [place.parents[1] for place in folder.rglob(".hydra/overrides.yaml")]
@@ -57,8 +58,12 @@ def finish(folder: Path, *, search: bool = False) -> dict[str, str]:
     ended = f"{len(jobs) - len(failed) - len(running) - pruned} finished" + (f", {pruned} pruned" if pruned else "")
     ended += f", {len(running)} running" if running else ""
     print(f"sweep      {len(jobs)} jobs, {ended}, {len(failed)} failed, in {folder}")
-    for job in sorted(failed)[:NAMED]:
+    asked = {str(job.relative_to(folder)): typed(job / ".hydra" / "overrides.yaml") for job in jobs} if failed else {}
+    own = differing(list(asked.values()))
+    for job in sorted(failed, key=natural)[:NAMED]:
         print(f"  job {job} failed: {failed[job]}")
+        if words := " ".join(f"{key}={asked[job][key]}" for key in own if key in asked[job]):
+            print(f"    asked: {words}")
     if search:
         print(f"python train.py -m sweep.resume={folder} hydra.sweeper.n_trials=N     searches on, to N trials in all")
     elif failed:
