@@ -71,7 +71,7 @@ def test_a_sweep_survives_what_a_cluster_does_to_it(cluster, tmp_path):
         *("sampler.steps=2", "logger=csv", "callbacks.log.every=1", "callbacks.validation.every=null"),
     ]
     launcher = [
-        *("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=30"),
+        *("hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=30"),
         f"hydra.sweep.dir={sweep}",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
