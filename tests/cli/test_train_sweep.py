@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from ornstein.cli.sweep import FAILED
 from ornstein.cli.train_sweep import finish
@@ -46,13 +44,3 @@ def test_one_job_has_nothing_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert finish(tmp_path) == {"0": "a dead disk"}
     told = capsys.readouterr().out
     assert "  job 0 failed: a dead disk\n" in told and "asked" not in told
-
-
-@pytest.mark.parametrize(("name", "minutes"), [("slurm", 1440), ("submitit_slurm", 60)])
-def test_slurms_launcher_is_ours_by_both_names(
-    tmp_path: Path, compose: Callable[..., DictConfig], name: str, minutes: int
-) -> None:
-    compose(f"hydra/launcher={name}", run_dir=tmp_path)
-    chosen = HydraConfig.get().launcher
-    assert chosen._target_ == "hydra_plugins.ornstein_slurm.launcher.SlurmLauncher"
-    assert (chosen.max_num_timeout, chosen.timeout_min) == (100, minutes)

@@ -58,7 +58,8 @@ def state(folder: Path):
 
 def array_of(sweep: Path) -> str:
     """The number of the array job that a sweep was submitted as."""
-    return next(path.name.partition("_")[0] for path in (sweep / ".submitit").iterdir() if "_" in path.name)
+    folders = (path.name for path in (sweep / ".submitit").iterdir())  # beside the submitted script
+    return next(name.partition("_")[0] for name in folders if name[0].isdigit() and "_" in name)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ KILLER = "import os, signal\n\n\ndef kill(*_, **__):\n    os.kill(os.getpid(), s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["parallel", "local"])
+@pytest.mark.parametrize("launcher", ["parallel", "submitit_local"])
 def test_a_killed_job_is_one_failed_job_of_a_sweep(command, tiny, tmp_path, launcher):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'ornstein[sweeps]'")
     (tmp_path / "killer_of_jobs.py").write_text(KILLER)

@@ -65,14 +65,19 @@ def test_a_run_of_two_devices_goes_on(command, tiny, tmp_path):
     ("launcher", "words"),
     [
         ("parallel", ["hydra_plugins.ornstein_local.launcher.ParallelLauncher", "n_jobs: 3"]),
+        ("joblib", ["hydra_plugins.ornstein_local.launcher.ParallelLauncher", "n_jobs: 3"]),
         ("local", ["hydra_plugins.ornstein_local.launcher.LocalLauncher", "n_jobs: 3"]),
+        ("submitit_local", ["hydra_plugins.ornstein_local.launcher.LocalLauncher", "timeout_min: 7"]),
         ("ray", ["hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher", "max_retries: 0"]),
         ("slurm", ["hydra_plugins.ornstein_slurm.launcher.SlurmLauncher", "n_jobs: null", "max_num_timeout: 100"]),
+        ("submitit_slurm", ["hydra_plugins.ornstein_slurm.launcher.SlurmLauncher", "max_num_timeout: 100"]),
     ],
 )
 def test_launchers_of_ours_compose(command, tmp_path, launcher, words):
     number = {
         "slurm": "+hydra.launcher.additional_parameters.n_jobs=null",
+        "submitit_slurm": "hydra.launcher.partition=gpu",
+        "submitit_local": "hydra.launcher.timeout_min=7",
         "ray": "hydra.launcher.ray.remote.num_cpus=2",
     }.get(launcher, "hydra.launcher.n_jobs=3")
     shown = command("train.py", f"hydra/launcher={launcher}", number, "--cfg", "hydra", cwd=tmp_path)

@@ -59,16 +59,16 @@ if _Joblib is not None:
             return ends
 
     class LocalLauncher(_Submitit):
-        """submitit's launcher on this machine: each job is a process of its own, ``n_jobs`` at a time."""
+        """submitit's launcher on this machine: each job is a process of its own, ``n_jobs`` at a time; null is all."""
 
-        def __init__(self, *, n_jobs: int = 2, **params: Any) -> None:
+        def __init__(self, *, n_jobs: int | None = None, **params: Any) -> None:
             super().__init__(**params)
             self.n_jobs = n_jobs
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
             """Runs the jobs; one that leaves no result is told of."""
             numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
-            with ThreadPoolExecutor(self.n_jobs) as pool:
+            with ThreadPoolExecutor(self.n_jobs or len(job_overrides)) as pool:
                 return list(pool.map(self._one, job_overrides, numbers))
 
         def _one(self, overrides: Sequence[str], number: int) -> JobReturn:

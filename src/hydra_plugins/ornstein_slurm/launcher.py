@@ -13,11 +13,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 
 try:
-    from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as _Submitit
 except ImportError:  # the extra "sweeps" is not installed: then there is no such launcher
     _Submitit = None
@@ -105,15 +103,6 @@ if _Submitit is not None:
                     folder = folder_of(self, job_overrides[place], initial_job_idx + place)
                     returns[place] = tell_lost(folder, found._return_value)
             return returns
-
-    # In the place of submitit's own of that name, which has been stored by then: Hydra reads plugins by name. Jobs of
-    # ours know how to go on after a time limit.
-    ConfigStore.instance().store(
-        group="hydra/launcher",
-        name="submitit_slurm",
-        node=SlurmQueueConf(_target_="hydra_plugins.ornstein_slurm.launcher.SlurmLauncher", max_num_timeout=100),
-        provider="ornstein_slurm",
-    )
 
 
 def _job_class() -> Any:

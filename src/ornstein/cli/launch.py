@@ -233,6 +233,7 @@ def tell(error: Exception) -> None:
 
 def launch(config_name: str, body: Callable[[DictConfig], Any]) -> None:
     """Composes ``config_name`` with the command line and runs ``body`` once, or once a job of a multirun."""
+    from ornstein.cli.launchers import use_own_launchers
     from ornstein.cli.words import check_words
 
     register_resolvers()
@@ -242,6 +243,7 @@ def launch(config_name: str, body: Callable[[DictConfig], Any]) -> None:
     except OrnsteinError as error:
         fail(error)
     _failed_jobs.clear()
+    use_own_launchers()
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(told(body))()
     if _failed_jobs:
         raise SystemExit(1)
