@@ -146,3 +146,27 @@ def test_shards_train_to_the_same_weights_and_leave_a_plain_checkpoint(command, 
     assert done.returncode == 0, done.stderr[-3000:]
     resumed = tensors(state(again))
     assert all(torch.equal(value, resumed[name]) for name, value in mine.items())
+
+
+def test_adapters_train_in_shards_and_are_written_whole(command, words, pair, tmp_path):
+    """Checkpoints by a thread of their own, too, in the sharded run alone."""
+    pytest.importorskip("peft", reason="needs pip install 'ornstein[finetune]'")
+    from safetensors.torch import load_file
+
+    adapter = ["adapter=lora", "adapter.target_modules=all-linear", f"init.from={pair}", "trainer.devices=2"]
+    files, states = [], []
+    for name, own in {
+        "plain": ["trainer.strategy=ddp"],
+        "shards": ["trainer=fsdp", "callbacks.checkpoint.asynchronous=true"],
+    }.items():
+        folder = tmp_path / name
+        done = command("train.py", *words, *adapter, *own, f"hydra.run.dir={folder}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
+        states.append(tensors(state(folder)["state_dict"]))
+    for plain, shards in (files, states):
+        assert plain.keys() == shards.keys() and {v.shape for v in plain.values()} == {v.shape for v in shards.values()}
+        # As above: the norm is summed in another order.
+        assert max(float((value - shards[name]).abs().max()) for name, value in plain.items()) < 4e-5
+    learned = [value.abs().max() for name, value in files[1].items() if "lora_B" in name]
+    assert learned and all(value > 0 for value in learned)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ornstein.errors import OrnsteinError
 from ornstein.training.module import DiffusionModule
-from ornstein.training.sharding import gathered
+from ornstein.training.sharding import whole
 
 FOLDER = "adapter"
 _PREFIX = "base_model.model."  # what peft puts before every name in its files
@@ -139,15 +139,21 @@ class AdapterFiles(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Writes the folder; on rank zero alone."""
+        """Writes the folder; on rank zero alone, where devices have shards with the help of all."""
         if isinstance(pl_module, DiffusionModule):
-            with gathered(pl_module.evaluation_network()):
-                if trainer.is_global_zero:
-                    save_adapter(pl_module.evaluation_network(), self.folder)
+            network = pl_module.evaluation_network()
+            state = whole(adapter_state(network))
+            if trainer.is_global_zero:
+                save_adapter(network, self.folder, state)
 
 
-def save_adapter(network: nn.Module, folder: str | Path) -> None:
+def save_adapter(network: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Writes a network's adapters in peft's format: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    Args:
+        network: of which they are.
+        folder: made where it is missing.
+        state: :func:`adapter_state` of a network in shards, gathered.
 
     Raises:
         OrnsteinError: the network has none.
@@ -157,7 +163,8 @@ def save_adapter(network: nn.Module, folder: str | Path) -> None:
     config = getattr(network, "peft_config", {}).get("default")
     if config is None:
         raise OrnsteinError(f"{_own(network)} has no adapters to save.")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_state(network).items()}
+    state = adapter_state(network) if state is None else state
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "adapter_model.safetensors"
