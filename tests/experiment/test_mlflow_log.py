@@ -14,7 +14,7 @@ import pytest
 from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 
-from ornstein.errors import OrnsteinError
+from ornstein.errors import OrnsteinError, Pruned
 from ornstein.experiment import CSVLogger, mlflow_logger, tensorboard_logger
 from ornstein.experiment.logger_guard import survivable
 from ornstein.experiment.logger_options import check_mlflow, check_tensorboard
@@ -122,6 +122,7 @@ def test_mlflow_has_each_point_once_over_a_resume_and_may_vanish(
     first = logged((1, 2, 3))
     first.finalize("failed")
     first.close()
+    assert first.experiment.get_run(first.run_id).info.status == "FAILED"
     second = logged((2, 3, 4))  # a run that was killed after step 3 and goes on from step 1
     assert second.run_id == first.run_id and not getattr(second, "dead", False)
     client = second.experiment
@@ -139,9 +140,36 @@ def test_mlflow_has_each_point_once_over_a_resume_and_may_vanish(
     with Image.open(client.download_artifacts(run.info.run_id, pictures[0])) as found:
         assert np.array_equal(np.asarray(found.convert("RGB")), np.asarray(PICTURE))
 
+    for stop, status, tag in ((Pruned("at step 4"), "FINISHED", "true"), (ValueError("no"), "FAILED", None)):
+        (tmp_path / "mlflow_run_id.txt").unlink()
+        last = logged((1,))
+        try:
+            raise stop
+        except type(stop):  # as Lightning does
+            last.finalize("failed")
+        run = client.get_run(last.run_id)
+        assert (run.info.status, run.data.tags.get("pruned")) == (status, tag)
+
     shutil.rmtree(tmp_path / "mlflow")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for step in (5, 6):
             second.log_metrics({"train/loss": 0.1}, step=step)
     assert second.dead and sum("stopped logging" in str(each.message) for each in told) == 1
+
+
+@pytest.mark.slow
+def test_runs_of_one_process_have_a_store_each_unless_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though MLflow puts the store that the first of them has chosen into the environment."""
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for number in range(4):
+        if number == 2:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'named.db'}")
+        (tmp_path / str(number)).mkdir()
+        logger: Any = mlflow_logger(tmp_path / str(number))
+        logger.log_metrics({"val/fid": 1.0}, step=1)
+        assert (tmp_path / str(number) / "mlflow" / "mlflow.db").is_file() == (number < 2)
+    assert len(logger.experiment.search_runs([logger.experiment_id])) == 2

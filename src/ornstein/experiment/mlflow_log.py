@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from ornstein.errors import Pruned
 from ornstein.experiment.atomic import write_text
 from ornstein.experiment.logger_guard import reason
 from ornstein.experiment.logger_options import check_mlflow
@@ -35,6 +37,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what a store answers to an id of another
+_chosen: set[str] = set()
 _LOUD = ("alembic", "mlflow.store.db.utils", "mlflow.utils.git_utils", "lightning.pytorch.loggers.mlflow")
 
 
@@ -66,12 +69,21 @@ def mlflow_logger(
         os.environ.setdefault(key, value)
     for loud in _LOUD:
         logging.getLogger(loud).setLevel(logging.CRITICAL)
-    store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _own_store(Path(run_dir))
+    named = _named_store()
+    store = tracking_uri or named or _own_store(Path(run_dir))
+    if store != named:
+        _chosen.add(store)
     try:
         return RunMLFlowLogger(run_dir, experiment, name=name, tracking_uri=store, tags=list(tags or ()))
     except Exception as error:  # whatever MLflow trips over, the training is worth more
         warnings.warn(f"MLflow could not start ({reason(error)}): this run goes on without it", stacklevel=2)
         return None
+
+
+def _named_store() -> str | None:
+    """What the user's environment names; MLflow writes there itself what an earlier run of this process has chosen."""
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    return None if named in _chosen else named
 
 
 def _own_store(run_dir: Path) -> str:
@@ -183,6 +195,14 @@ class RunMLFlowLogger(MLFlowLogger):
         """Log films (files) under ``films/key``."""
         for film in videos:
             self.experiment.log_artifact(self.run_id, str(film), f"films/{key}/step_{step or 0:06d}")
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """End the run in MLflow. One that a search has pruned has not failed, whatever ended it: it is tagged."""
+        pruned = isinstance(sys.exception(), Pruned)  # which Lightning is handling when it says "failed"
+        super().finalize("success" if pruned else status)
+        if pruned:
+            self.experiment.set_tag(self.run_id, "pruned", "true")
 
     @rank_zero_only
     def close(self) -> None:
