@@ -201,7 +201,7 @@ class RunMLFlowLogger(MLFlowLogger):
         """End the run in MLflow. One that a search has pruned has not failed, whatever ended it: it is tagged."""
         pruned = isinstance(sys.exception(), Pruned)  # which Lightning is handling when it says "failed"
         super().finalize("success" if pruned else status)
-        if pruned:
+        if pruned and self._initialized:
             self.experiment.set_tag(self.run_id, "pruned", "true")
 
     @rank_zero_only
