@@ -185,6 +185,13 @@ def test_network_input_has_at_most_unit_scale(cell: tuple[NoiseSchedule, Paramet
             assert scaled == pytest.approx(1.0)
 
 
+class Halved(V):
+    """Has a scale of its own."""
+
+    def scale_input(self, x_t: Tensor, level: Level) -> Tensor:
+        return 0.5 * x_t
+
+
 class Seen(nn.Module):
     """Keeps what it is given to see."""
 
@@ -199,6 +206,7 @@ class Seen(nn.Module):
         (Cosine, V(), True),
         (Linear, LearnedVariance(Epsilon()), True),
         (EDM, V(), False),
+        (Cosine, Halved(), False),
         (Cosine, EDMPreconditioned(), False),
         (Cosine, LearnedVariance(EDMPreconditioned()), False),
     ],

@@ -124,6 +124,7 @@ class Brief(DiffusionModule):
 @pytest.mark.parametrize(("kind", "takes"), [(DiffusionModule, True), (Told, True), (Brief, False)])
 def test_lightning_knows_what_a_step_takes(fit, make_module, kind, takes):
     module = make_module(kind=kind)
+    assert "__signature__" in vars(type(module).training_step), "kept, not put together anew"
     assert is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) is takes
     assert inspect.signature(module.training_step).parameters.keys() == {"batch", *(("batch_idx",) if takes else ())}
     fit([], steps=2, module=module)

@@ -129,6 +129,7 @@ def _write_report(folder: Path, cells: Sequence[Cell]) -> bool:
 def collect(folder: Path) -> list[Cell]:
     """The cells of a sweep from the files of its jobs, in order of job."""
     from ornstein.experiment.pareto import Cell
+    from ornstein.experiment.report.collect import typed
     from ornstein.metrics.figures.naming import main_figure
 
     jobs = {}
@@ -268,14 +269,6 @@ def _config_of(folder: Path) -> dict[str, Any]:
         if (place.parent / "config.yaml").is_file():
             return read_config(place.parent / "config.yaml")
     return {}
-
-
-def typed(place: Path) -> dict[str, str]:
-    """What stands in a job's ``overrides.yaml``, by key."""
-    # As typed: an interpolation among them is not of this file.
-    words: Any = OmegaConf.to_container(OmegaConf.load(place), resolve=False)
-    pairs = (str(word).lstrip("+~").partition("=") for word in words)
-    return {key: value for key, _, value in pairs}
 
 
 def read_json(path: Path) -> dict[str, Any]:

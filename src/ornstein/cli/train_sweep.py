@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ornstein.cli.launch import note_failed, take_argument, tell
-from ornstein.cli.sweep import FAILED, read_json, recorded, typed
+from ornstein.cli.sweep import FAILED, read_json, recorded
 from ornstein.errors import OrnsteinError
 
 AGAIN = "sweep"  # what resume= says in the jobs of a sweep that is taken up again
@@ -42,7 +42,7 @@ class TrainSweep(Callback):
 
 def finish(folder: Path, *, search: bool = False) -> dict[str, str]:
     """Writes the report of a sweep, prints what became of it, and returns the failed jobs with their reasons."""
-    from ornstein.experiment.report.collect import differing, natural
+    from ornstein.experiment.report.collect import differing, natural, typed
     from ornstein.experiment.report.page import write_report
 
     jobs = [place.parents[1] for place in folder.rglob(".hydra/overrides.yaml")]

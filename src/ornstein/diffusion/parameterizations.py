@@ -27,13 +27,11 @@ class Parameterization(ABC):
         name: as in the config group.
         needs_signal: x0 cannot be given where alpha = 0.
         outputs: channels of the network's output for each channel of x: 2 where it learns a variance.
-        preconditions: :meth:`scale_input` does more than bring noise down to unit scale.
     """
 
     name: str
     needs_signal: bool = False
     outputs: int = 1
-    preconditions: bool = False
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
@@ -54,6 +52,11 @@ class Parameterization(ABC):
             return x_t * size.clamp(min=1.0).rsqrt()
         # The tolerance keeps variance-preserving schedules, whose squares sum to 1 up to rounding, untouched.
         return x_t if size <= 1.0 + 1e-6 else x_t * size**-0.5
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether :meth:`scale_input` may do more than bring noise down to unit scale: any of a subclass's own."""
+        return type(self).scale_input is not Parameterization.scale_input
 
     def noise_cond(self, level: Level) -> Scalar:
         """The noise conditioning number: 1000 t, the scale of DDPM's time steps."""
@@ -188,7 +191,6 @@ class EDMPreconditioned(Parameterization):
     """
 
     name = "edm"
-    preconditions = True
 
     def __init__(self, *, sigma_data: float = 0.5) -> None:
         if sigma_data <= 0:
@@ -252,7 +254,6 @@ class LearnedVariance(Parameterization):
             raise ValueError("objective.parameterization.mean has a learned variance already: give it eps, x0, v, ...")
         self.mean, self.outputs = mean, outputs
         self.name, self.needs_signal = f"{mean.name} with variance", mean.needs_signal
-        self.preconditions = mean.preconditions
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         return self.mean.target(x0, eps, level)
@@ -278,6 +279,10 @@ class LearnedVariance(Parameterization):
 
     def scale_input(self, x_t: Tensor, level: Level) -> Tensor:
         return self.mean.scale_input(x_t, level)
+
+    @property
+    def preconditions(self) -> bool:
+        return self.mean.preconditions
 
     def noise_cond(self, level: Level) -> Scalar:
         return self.mean.noise_cond(level)

@@ -21,9 +21,7 @@ OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 LRScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 CHECKPOINT_KEY = "ornstein"
 # The name of the hook that runs, which Lightning notes at each, and what a module here notes of a step.
-_OF_A_STEP = frozenset(
-    ("_current_fx_name", "micro_batches_seen", "images_seen", "last_output", "gradient_norm", "watch_gradients")
-)
+_OF_A_STEP = frozenset(("_current_fx_name", "micro_batches_seen", "images_seen", "last_output", "gradient_norm"))
 
 
 class StepOutput(Protocol):

@@ -141,11 +141,16 @@ def differing(tables: Sequence[Mapping[str, Scalar]]) -> list[str]:
     return [key for key in keys if len({repr(table.get(key)) for table in read}) > 1]
 
 
-def _asked(path: Path) -> dict[str, Scalar]:
-    """The overrides that Hydra kept, numbers as numbers."""
+def typed(path: Path) -> dict[str, str]:
+    """The overrides that Hydra kept in a file, by key, as they were typed; none where there is no file."""
     words = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     pairs = [str(word).lstrip("+~").partition("=") for word in words or []]
-    return {key: _scalar(value) for key, _, value in pairs}
+    return {key: value for key, _, value in pairs}
+
+
+def _asked(path: Path) -> dict[str, Scalar]:
+    """The same, numbers as numbers."""
+    return {key: _scalar(value) for key, value in typed(path).items()}
 
 
 def _scalar(text: str) -> Scalar:
